@@ -1,0 +1,176 @@
+"""llama-cpp-python's shared libraries: loading, logging, and the check of the struct layout we read.
+
+The only place that imports ``llama_cpp``. Everything that edgeq reads through a raw pointer
+(``ggml_tensor`` in evaluation callbacks) is checked here once per process against tensors that
+ggml itself made, so that another build gives one clear error instead of wrong numbers.
+"""
+
+import ctypes
+import functools
+from collections import deque
+from types import ModuleType
+from typing import Any
+
+from edgeq.errors import RuntimeLibraryError
+
+GGML_MAX_DIMS = 4
+GGML_MAX_SRC = 10
+GGML_MAX_OP_PARAMS = 64
+GGML_MAX_NAME = 64
+
+
+class GgmlTensor(ctypes.Structure):
+    """``struct ggml_tensor``.
+
+    References
+    ----------
+    ggml/include/ggml.h, llama.cpp 0c1e57098.
+    """
+
+
+GgmlTensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * GGML_MAX_DIMS),
+    ("nb", ctypes.c_size_t * GGML_MAX_DIMS),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * (GGML_MAX_OP_PARAMS // 4)),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(GgmlTensor) * GGML_MAX_SRC),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * GGML_MAX_NAME),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+class _GgmlInitParams(ctypes.Structure):
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+class Library:
+    """The loaded runtime.
+
+    Attributes
+    ----------
+    llama : the ``llama_cpp`` module, whose functions are ctypes bindings of llama.h
+    ggml : libggml-base as a ctypes library, for what llama.h does not export
+    """
+
+    def __init__(self, llama: ModuleType, ggml: ctypes.CDLL) -> None:
+        self.llama = llama
+        self.ggml = ggml
+        self._log: deque[str] = deque(maxlen=200)
+
+        def keep(level: int, text: bytes, _user_data: object) -> None:
+            self._log.append(text.decode("utf-8", "replace"))
+
+        self._log_callback = llama.llama_log_callback(keep)  # kept alive with the library
+        llama.llama_log_set(self._log_callback, ctypes.c_void_p(0))
+        llama.llama_backend_init()
+
+    def clear_log(self) -> None:
+        """Forget what llama.cpp has logged so far."""
+        self._log.clear()
+
+    def log(self) -> str:
+        """Return the last lines that llama.cpp logged (it never prints)."""
+        return "".join(self._log)
+
+    def last_error(self) -> str:
+        """Return the most telling logged line, for an error message; empty if there is none."""
+        lines = [line.strip() for line in self.log().splitlines() if line.strip()]
+        telling = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+        return (telling or lines or [""])[0]
+
+
+@functools.cache
+def load() -> Library:
+    """Load llama-cpp-python once per process and check it.
+
+    Raises
+    ------
+    RuntimeLibraryError
+        The package is missing, or its ``ggml_tensor`` has another layout than the pinned version.
+    """
+    try:
+        import llama_cpp
+        from llama_cpp import _ctypes_extensions, _ggml
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeLibraryError(
+            f"llama-cpp-python: cannot be loaded ({error}). "
+            "Install it with: pip install llama-cpp-python==0.3.36"
+        ) from error
+    ggml = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
+    library = Library(llama_cpp, ggml)
+    _declare(ggml)
+    _check_layout(ggml, llama_cpp.__version__)
+    return library
+
+
+def _declare(ggml: Any) -> None:
+    ggml.ggml_init.argtypes = [_GgmlInitParams]
+    ggml.ggml_init.restype = ctypes.c_void_p
+    ggml.ggml_free.argtypes = [ctypes.c_void_p]
+    ggml.ggml_free.restype = None
+    ggml.ggml_new_tensor_2d.argtypes = [ctypes.c_void_p, ctypes.c_int] + [ctypes.c_int64] * 2
+    ggml.ggml_new_tensor_2d.restype = ctypes.POINTER(GgmlTensor)
+    ggml.ggml_new_tensor.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_int64),
+    ]
+    ggml.ggml_new_tensor.restype = ctypes.POINTER(GgmlTensor)
+    ggml.ggml_mul_mat.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(GgmlTensor)] * 2
+    ggml.ggml_mul_mat.restype = ctypes.POINTER(GgmlTensor)
+    ggml.ggml_set_name.argtypes = [ctypes.POINTER(GgmlTensor), ctypes.c_char_p]
+    ggml.ggml_set_name.restype = ctypes.POINTER(GgmlTensor)
+    ggml.ggml_get_data.argtypes = [ctypes.POINTER(GgmlTensor)]
+    ggml.ggml_get_data.restype = ctypes.c_void_p
+    ggml.ggml_op_name.argtypes = [ctypes.c_int]
+    ggml.ggml_op_name.restype = ctypes.c_char_p
+    ggml.ggml_tensor_overhead.argtypes = []
+    ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
+
+
+def ggml_context(library: Library, n_bytes: int, *, no_alloc: bool) -> int:
+    """Return a ``ggml_context *`` of `n_bytes`; the caller frees it with ``ggml_free``."""
+    context: int | None = library.ggml.ggml_init(_GgmlInitParams(n_bytes, None, no_alloc))
+    if not context:
+        raise RuntimeLibraryError(f"ggml_init: no context of {n_bytes} bytes. Free some memory.")
+    return context
+
+
+def _check_layout(ggml: Any, version: str) -> None:
+    """Build tensors with ggml itself and read them back through ``GgmlTensor``."""
+    context = ggml.ggml_init(_GgmlInitParams(1 << 16, None, False))
+    try:
+        weight = ggml.ggml_new_tensor_2d(context, 0, 32, 3)
+        ggml.ggml_set_name(weight, b"edgeq.layout.check")
+        product = ggml.ggml_mul_mat(context, weight, ggml.ggml_new_tensor_2d(context, 0, 32, 5))
+        seen = weight.contents
+        agrees = (
+            seen.type == 0
+            and list(seen.ne) == [32, 3, 1, 1]
+            and list(seen.nb) == [4, 128, 384, 384]
+            and seen.name == b"edgeq.layout.check"
+            and seen.data == ggml.ggml_get_data(weight)
+            and ggml.ggml_op_name(product.contents.op) == b"MUL_MAT"
+            and ctypes.addressof(product.contents.src[0].contents) == ctypes.addressof(seen)
+            and product.contents.src[1].contents.ne[1] == 5
+            and not product.contents.src[2]
+        )
+    finally:
+        ggml.ggml_free(context)
+    if not agrees:
+        raise RuntimeLibraryError(
+            f"llama-cpp-python {version}: struct ggml_tensor has another layout than edgeq reads "
+            "(that of 0.3.36). Install it with: pip install llama-cpp-python==0.3.36"
+        )

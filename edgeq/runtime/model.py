@@ -1,0 +1,237 @@
+"""One GGUF file loaded in llama.cpp: vocabulary, tokenization and logits."""
+
+import ctypes
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.errors import RuntimeLibraryError
+from edgeq.runtime.library import load
+
+Tokens = npt.NDArray[np.int32]
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Model:
+    """A loaded GGUF file and, unless ``vocab_only``, one context on it. A context manager.
+
+    Parameters
+    ----------
+    path : GGUF file; of a split model the first part
+    n_ctx : tokens of one sequence
+    n_seq : sequences that one batch may hold; the batch is ``n_ctx * n_seq`` tokens
+    n_ubatch : tokens that one graph computes (llama.cpp's default, 512)
+    n_threads : default: every CPU of this process
+    cb_eval : a ``ggml_backend_sched_eval_callback``, see ``edgeq.runtime.observer``
+    repack : let ggml repack weights for this CPU. Observers need False: repacked products are
+        computed by other kernels on the same inputs.
+    mmap : map the file; False reads it into writable memory
+    vocab_only : load the vocabulary alone
+
+    Raises
+    ------
+    RuntimeLibraryError
+        llama.cpp refused the file or the context; its own message is passed on.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        n_ctx: int = 512,
+        n_seq: int = 1,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        cb_eval: Any = None,
+        repack: bool = True,
+        mmap: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._library = load()
+        self._llama: Any = self._library.llama
+        self._model: Any = None
+        self._context: Any = None
+        if not self.path.is_file():
+            raise RuntimeLibraryError(f"{self.path}: no such file. Give the path of a GGUF file.")
+        llama = self._llama
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = repack
+        params.vocab_only = vocab_only
+        self._library.clear_log()
+        self._model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise RuntimeLibraryError(
+                f"{self.path}: llama.cpp cannot load it: {self._library.last_error()}"
+            )
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx = n_ctx
+        self.n_seq = n_seq
+        if not vocab_only:
+            self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
+
+    def _open_context(self, n_ubatch: int, n_threads: int, cb_eval: Any) -> None:
+        llama = self._llama
+        params = llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = self.n_ctx * self.n_seq
+        params.n_ubatch = min(n_ubatch, self.n_ctx * self.n_seq)
+        params.n_seq_max = self.n_seq
+        params.kv_unified = self.n_seq > 1  # as llama-perplexity; one buffer for all sequences
+        params.n_threads = params.n_threads_batch = n_threads
+        params.no_perf = True
+        if cb_eval is not None:
+            params.cb_eval = cb_eval
+            self._cb_eval = cb_eval  # ctypes callbacks must outlive the context
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            reason = self._library.last_error()
+            self.close()
+            raise RuntimeLibraryError(
+                f"{self.path}: no context of {self.n_ctx} × {self.n_seq} tokens: {reason}"
+            )
+        self._batch = llama.llama_batch_init(self.n_ctx * self.n_seq, 0, 1)
+
+    @property
+    def handle(self) -> Any:
+        """The ``llama_model *``."""
+        return self._model
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the vocabulary wants a beginning-of-sequence token."""
+        return bool(self._llama.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The beginning-of-sequence token; -1 if there is none."""
+        return int(self._llama.llama_vocab_bos(self._vocab))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained with."""
+        return int(self._llama.llama_model_n_ctx_train(self._model))
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends a generation."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> Tokens:
+        """Return the tokens of `text`, int32.
+
+        `add_special` adds what the vocabulary wants around a text (BOS, EOS); `parse_special`
+        reads special tokens spelled in the text, as chat templates need.
+        """
+        data = text.encode("utf-8")
+        tokens = np.empty(len(data) + 8, np.int32)
+        n = self._llama.llama_tokenize(
+            self._vocab,
+            data,
+            len(data),
+            tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            len(tokens),
+            add_special,
+            parse_special,
+        )
+        if n < 0:
+            raise RuntimeLibraryError(f"{self.path}: cannot tokenize {len(data)} bytes of text")
+        return tokens[:n].copy()
+
+    def detokenize(self, tokens: Tokens, *, special: bool = False) -> str:
+        """Return the text of `tokens`; `special` spells out special tokens."""
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        size = 16 * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._llama.llama_detokenize(
+                self._vocab,
+                tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                len(tokens),
+                buffer,
+                size,
+                False,
+                special,
+            )
+            if n >= 0:
+                return buffer.raw[:n].decode("utf-8", "replace")
+            size = -n
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def decode(
+        self,
+        tokens: Tokens,
+        positions: Tokens,
+        sequences: Tokens,
+        wants_logits: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.float32]:
+        """Run one batch; the arguments are arrays of one entry a token.
+
+        Returns
+        -------
+        (n_wanted, n_vocab) float32 logits in batch order. A view on llama.cpp's buffer: valid
+        until the next call.
+        """
+        n = len(tokens)
+        batch = self._batch
+        batch.n_tokens = n
+        np.ctypeslib.as_array(batch.token, (n,))[:] = tokens
+        np.ctypeslib.as_array(batch.pos, (n,))[:] = positions
+        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
+        for i, sequence in enumerate(sequences.tolist()):
+            batch.seq_id[i][0] = sequence
+        np.ctypeslib.as_array(batch.logits, (n,))[:] = wants_logits
+        status = self._llama.llama_decode(self._context, batch)
+        if status != 0:
+            raise RuntimeLibraryError(
+                f"{self.path}: llama_decode of {n} tokens failed with status {status}: "
+                f"{self._library.last_error()}"
+            )
+        n_wanted = int(np.count_nonzero(wants_logits))
+        if n_wanted == 0:
+            return np.empty((0, self.n_vocab), np.float32)
+        logits = self._llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, (n_wanted, self.n_vocab))
+
+    def logits(self, tokens: Tokens) -> npt.NDArray[np.float32]:
+        """Return the logits after every token of one fresh sequence, (n_tokens, n_vocab)."""
+        n = len(tokens)
+        self.clear()
+        return self.decode(
+            tokens, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.ones(n, np.bool_)
+        )
+
+    def close(self) -> None:
+        """Free the context and the model; calling it again does nothing."""
+        if self._context:
+            self._llama.llama_batch_free(self._batch)
+            self._llama.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
