@@ -1,0 +1,158 @@
+"""The work directory: artefacts that carry the fingerprint of all that they depend on.
+
+``WorkDirectory.artefact`` is the whole of "resume": an artefact whose recorded inputs equal the
+asked ones and whose bytes still have the recorded hash is reused, anything else is made again.
+An artefact appears by rename, and its record after it, so an interrupted run leaves either nothing
+or something complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from edgeq.errors import RecipeError
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Any]
+"""JSON values that an artefact depends on: hashes, settings, versions."""
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(inputs: Inputs) -> str:
+    """Return a hash of `inputs` that does not depend on the order of their keys."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` if the block ends well.
+
+    Raises
+    ------
+    RecipeError
+        The directory cannot be written, or the device is full; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be written ({error.strerror or error}). "
+            "Choose another place or free some space."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class WorkDirectory:
+    """A directory of artefacts, locked by one process at a time. A context manager.
+
+    Raises
+    ------
+    RecipeError
+        The directory cannot be made or is in use by another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reused: list[str] = []
+        self.made: list[str] = []
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path}: cannot be used as work directory ({error.strerror or error}). "
+                "Give another one with --work."
+            ) from error
+        self._acquire(self._lock)
+        for stale in self.path.rglob(".*.tmp"):  # left by a killed run; we hold the lock
+            stale.unlink(missing_ok=True)
+        return self
+
+    def _acquire(self, lock: TextIO) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: the rename of each artefact still keeps it whole
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise RecipeError(
+                f"{self.path}: in use by {owner}. Wait for it to end or give another directory "
+                "with --work."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def artefact(self, name: str, inputs: Inputs, make: Callable[[Path], None]) -> Path:
+        """Return the file `name`, made by ``make(temporary path)`` unless a fitting one is there.
+
+        Parameters
+        ----------
+        name : path inside the work directory
+        inputs : everything that the content depends on; compared and stored as JSON
+        make : writes the content to the path it is given, which is renamed afterwards
+        """
+        path = self.path / name
+        record = path.with_name(path.name + ".made.json")
+        if self._fits(path, record, inputs):
+            logger.info("reused %s", path)
+            self.reused.append(name)
+            return path
+        record.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            make(temporary)
+            digest = file_sha256(temporary)
+        with replacing(record) as temporary:
+            content = {"inputs": dict(inputs), "sha256": digest}
+            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        self.made.append(name)
+        return path
+
+    def _fits(self, path: Path, record: Path, inputs: Inputs) -> bool:
+        try:
+            known = json.loads(record.read_text())
+            wanted = json.loads(json.dumps(dict(inputs)))
+            return bool(known["inputs"] == wanted and known["sha256"] == file_sha256(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def clear(self) -> None:
+        """Delete every artefact; the lock stays."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
