@@ -1,0 +1,108 @@
+"""What one export is asked to do, checked once, before anything is read or written."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeq.errors import RecipeError
+
+AUTO_TEXT = "auto"
+DEFAULT_PRESET = "Q4_K_M"
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text calibrates, and which one judges.
+
+    Attributes
+    ----------
+    calibration : files (``FILE`` or ``FILE@WEIGHT``), or ``("auto",)``: the model writes it
+    evaluation : files that calibration has not seen; empty: a part held out of `calibration`
+    n_ctx : tokens of one chunk
+    chunks : at most so many chunks calibrate; None: all of the text (auto: 64)
+    evaluation_chunks : at most so many chunks judge
+    seed : of the sampling (auto) and of the split
+    force : accept evaluation text that calibration has seen; the report then says so
+    """
+
+    calibration: tuple[str, ...] = (AUTO_TEXT,)
+    evaluation: tuple[str, ...] = ()
+    n_ctx: int = 512
+    chunks: int | None = None
+    evaluation_chunks: int = 16
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if AUTO_TEXT in self.calibration and len(self.calibration) > 1:
+            raise RecipeError("--text: auto stands alone; leave it out or leave the files out.")
+        if self.n_ctx < 32:
+            raise RecipeError(f"--ctx: {self.n_ctx} tokens are too few for a chunk; at least 32.")
+        for flag, value in (("--chunks", self.chunks), ("--eval-chunks", self.evaluation_chunks)):
+            if value is not None and value < 1:
+                raise RecipeError(f"{flag}: got {value}, expected 1 or more.")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the model writes its own calibration text."""
+        return self.calibration == (AUTO_TEXT,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One export.
+
+    Attributes
+    ----------
+    model : HF directory, hub id or GGUF file
+    out : the GGUF file to write
+    preset : llama.cpp file type; which type every tensor gets, unless `plan` says it
+    plan : a ``plan.json`` to follow
+    quantizer : registered name
+    imatrix : a file to use instead of calibrating
+    use_imatrix : False rounds without any calibration
+    texts : what calibrates and what judges
+    work : directory of intermediate artefacts; default beside `out`
+    n_threads : None: every CPU
+    split_max_bytes : write parts of at most so many bytes
+    allow_requantize : accept a quantized GGUF as the reference
+    allow_pickle : accept ``pytorch_model*.bin``, loaded with ``weights_only=True``
+    prove : measure the file against the reference afterwards
+    baseline : also quantize with llama.cpp itself at the same types and measure both
+    """
+
+    model: str
+    out: Path
+    preset: str = DEFAULT_PRESET
+    plan: Path | None = None
+    quantizer: str = "rtn"
+    imatrix: Path | None = None
+    use_imatrix: bool = True
+    texts: TextChoice = TextChoice()
+    work: Path | None = None
+    n_threads: int | None = None
+    split_max_bytes: int | None = None
+    allow_requantize: bool = False
+    allow_pickle: bool = False
+    prove: bool = True
+    baseline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.imatrix is not None and not self.use_imatrix:
+            raise RecipeError("--imatrix and --no-imatrix contradict each other; give one.")
+        if self.out.suffix != ".gguf":
+            raise RecipeError(f"{self.out}: the output is a GGUF file; name it *.gguf.")
+        if not self.out.parent.is_dir():
+            raise RecipeError(f"{self.out}: there is no directory {self.out.parent}. Make it first.")
+
+    @property
+    def work_directory(self) -> Path:
+        """Where intermediate artefacts are kept."""
+        return self.work if self.work is not None else self.out.with_suffix(".edgeq")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what shapes the bytes of the output, for its provenance."""
+        placing = ("out", "work", "n_threads", "prove", "baseline", "allow_pickle")
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in placing}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
