@@ -1,0 +1,322 @@
+"""The command line: flags become a recipe, a pipeline function runs it, its result is shown.
+
+Exit codes: 0 done, 1 the user can mend it (one line on stderr), 2 usage. Anything else is a bug and
+keeps its traceback. Heavy modules are imported inside the commands: ``edgeq --help`` is instant.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeq.console import Steps
+from edgeq.errors import EdgeqError
+from edgeq.recipe import AUTO_TEXT, DEFAULT_PRESET, Recipe, TextChoice
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class _Bytes(click.ParamType):
+    """A size: ``2G`` (10^9, as llama-gguf-split), ``1.5GiB`` or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?(?:iB)?)B?", str(value))
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is not a size; write it like 2G, 500M or 1.5GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+Command = Callable[..., Any]
+_PATH = click.Path(path_type=Path)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_common = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("-v", "--verbose", count=True, help="Say what is done; twice: in detail."),
+    click.option("--threads", type=click.IntRange(1), help="Default: every CPU."),
+)
+_input = _options(
+    click.option("--allow-requantize", is_flag=True, help="Accept a quantized GGUF as source."),
+    click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model*.bin (weights_only)."),
+    click.option("--work", type=_PATH, help="Intermediate results. Default: beside the output."),
+)
+_texts = _options(
+    click.option(
+        "--text",
+        "text",
+        multiple=True,
+        default=(AUTO_TEXT,),
+        show_default=True,
+        metavar="FILE",
+        help="Calibration text: FILE or FILE@WEIGHT, .jsonl for conversations; repeatable. "
+        "auto: the model writes it.",
+    ),
+    click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens of one chunk."),
+    click.option("--chunks", type=int, help="Calibrate on at most so many chunks."),
+    click.option("--seed", default=0, show_default=True, help="Of sampled text and of the split."),
+    click.option("--force", is_flag=True, help="Accept evaluation text that calibration has seen."),
+)
+_evaluation = _options(
+    click.option(
+        "--eval-text",
+        multiple=True,
+        metavar="FILE",
+        help="Text to judge on. Default: a part of --text that calibration does not see.",
+    ),
+    click.option("--eval-chunks", default=16, show_default=True, help="Judge on so many chunks."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgeq")
+def cli() -> None:
+    """Export language models to GGUF files that stock llama.cpp runs, calibrated and proven."""
+
+
+def _start(verbose: int, quiet_bars: bool = False) -> Steps:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    return Steps(bars=False if quiet_bars else None)
+
+
+def _show(as_json: bool, result: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(result, indent=1) if as_json else text)
+
+
+def _text_choice(options: dict[str, Any]) -> TextChoice:
+    return TextChoice(
+        calibration=tuple(options["text"]),
+        evaluation=tuple(options.get("eval_text", ())),
+        n_ctx=options["n_ctx"],
+        chunks=options["chunks"],
+        evaluation_chunks=options.get("eval_chunks", 16),
+        seed=options["seed"],
+        force=options["force"],
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=_PATH)
+@click.option(
+    "--type", "preset", default=DEFAULT_PRESET, show_default=True, help="llama.cpp file type."
+)
+@click.option("--plan", type=_PATH, help="Follow this plan.json instead of --type.")
+@click.option("--quantizer", default="rtn", show_default=True, help="See edgeq plugins.")
+@click.option("--imatrix", type=_PATH, help="Use this importance matrix; do not calibrate.")
+@click.option("--no-imatrix", is_flag=True, help="Round without any calibration.")
+@click.option("--split-max-size", "split_max_bytes", type=_Bytes(), help="Write parts, like 2G.")
+@click.option("--prove/--no-prove", default=True, help="Measure the file against the reference.")
+@click.option("--baseline", is_flag=True, help="Measure llama.cpp's own quantizer beside it.")
+@_texts
+@_evaluation
+@_input
+@_common
+def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Quantize MODEL (HF directory, hub id or float GGUF) into OUT, and prove it."""
+    from edgeq import pipeline
+
+    recipe = Recipe(
+        model=model,
+        out=out,
+        preset=options["preset"],
+        plan=options["plan"],
+        quantizer=options["quantizer"],
+        imatrix=options["imatrix"],
+        use_imatrix=not options["no_imatrix"],
+        texts=_text_choice(options),
+        work=options["work"],
+        n_threads=options["threads"],
+        split_max_bytes=options["split_max_bytes"],
+        allow_requantize=options["allow_requantize"],
+        allow_pickle=options["allow_pickle"],
+        prove=options["prove"],
+        baseline=options["baseline"],
+    )
+    result = pipeline.export(recipe, _start(verbose))
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=_PATH)
+@click.option(
+    "--type",
+    "ftype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
+    default="auto",
+    show_default=True,
+    help="auto: the checkpoint's own 16-bit type.",
+)
+@click.option("--split-max-size", "split_max_bytes", type=_Bytes(), help="Write parts, like 2G.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model*.bin (weights_only).")
+@click.option("--pre", help="Name of the pre-tokenizer, where it is not recognized.")
+@_common
+def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Convert MODEL (HF directory or hub id) into a float or Q8_0 GGUF file OUT."""
+    from edgeq import pipeline
+
+    result = pipeline.convert(
+        model,
+        out,
+        ftype=options["ftype"],
+        split_max_bytes=options["split_max_bytes"],
+        allow_pickle=options["allow_pickle"],
+        pre=options["pre"],
+        steps=_start(verbose),
+    )
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", type=_PATH, required=True, help="imatrix.gguf, or a legacy *.dat.")
+@click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
+@_texts
+@_input
+@_common
+def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Run text through MODEL and write the importance matrix that llama-quantize reads."""
+    from edgeq import pipeline
+
+    result = pipeline.calibrate(
+        model,
+        out,
+        _text_choice(options),
+        process_output=options["process_output"],
+        source=_source_choice(options, out),
+        steps=_start(verbose),
+    )
+    _show(as_json, result.as_json(), result.as_text())
+
+
+def _source_choice(options: dict[str, Any], out: Path) -> Any:
+    from edgeq import pipeline
+
+    return pipeline.SourceChoice(
+        work=options["work"] or out.with_suffix(".edgeq"),
+        allow_requantize=options["allow_requantize"],
+        allow_pickle=options["allow_pickle"],
+        n_threads=options["threads"],
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", type=_PATH, required=True, help="The plan.json to write.")
+@click.option("--type", "preset", default=DEFAULT_PRESET, show_default=True)
+@click.option("--no-imatrix", is_flag=True, help="Plan for rounding without calibration.")
+@click.option("--tensor-type-file", type=_PATH, help="Also write the types for llama-quantize.")
+@_input
+@_common
+def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Write which type every tensor of MODEL gets; export --plan accepts it back, edited or not."""
+    from edgeq import pipeline
+
+    result = pipeline.write_plan(
+        model,
+        out,
+        preset=options["preset"],
+        use_imatrix=not options["no_imatrix"],
+        tensor_type_file=options["tensor_type_file"],
+        source=_source_choice(options, out),
+        steps=_start(verbose),
+    )
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=_PATH, metavar="FILE...")
+@click.option("--reference", required=True, help="Float MODEL, or a stored file of its logits.")
+@click.option("--text", "eval_text", multiple=True, required=True, metavar="FILE")
+@click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens of one chunk.")
+@click.option("--chunks", "eval_chunks", type=int, help="Judge on at most so many chunks.")
+@click.option("--force", is_flag=True, help="Accept text that calibration has seen.")
+@click.option("--save-logits", type=_PATH, help="Store the reference's logits: *.kld (llama.cpp's format) or *.edgeq (compact).")
+@click.option("--speed/--no-speed", default=True, help="Measure tokens/s too.")
+@_input
+@_common
+def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: Any) -> None:
+    """Measure FILE... against the float reference: perplexity, KL divergence, flips."""
+    from edgeq import pipeline
+
+    result = pipeline.evaluate(
+        files,
+        options["reference"],
+        tuple(options["eval_text"]),
+        n_ctx=options["n_ctx"],
+        chunks=options["eval_chunks"],
+        force=options["force"],
+        save_logits=options["save_logits"],
+        speed=options["speed"],
+        source=_source_choice(options, files[0]),
+        steps=_start(verbose),
+    )
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("file", type=_PATH)
+@click.option("--against", type=_PATH, help="Compare with this GGUF file, tensor by tensor.")
+@click.option("--metadata/--no-metadata", default=False, help="Print every metadata field.")
+@_common
+def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Show types, bytes, bpw and provenance of a GGUF file, or how two files differ."""
+    from edgeq import inspection
+
+    _start(verbose)
+    report = inspection.inspect(file, against=options["against"], metadata=options["metadata"])
+    _show(as_json, report.as_json(), report.as_text())
+
+
+@cli.command()
+@_common
+def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
+    """List the installed quantizers, allocators and architectures, and who brings them."""
+    from edgeq import pipeline
+
+    _start(verbose)
+    found = pipeline.plugins()
+    lines = [f"{kind:<14} {p.name:<16} {p.origin}" for kind, ps in found.items() for p in ps]
+    _show(
+        as_json,
+        {kind: [vars(p) for p in ps] for kind, ps in found.items()},
+        "\n".join(lines),
+    )
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    from converters.errors import ConversionError
+
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("edgeq: interrupted. Run the same command again to go on.", err=True)
+        sys.exit(130)
+    except (EdgeqError, ConversionError) as error:
+        click.echo(f"edgeq: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
