@@ -5,9 +5,11 @@ The only place that imports ``llama_cpp``. Everything that edgeq reads through a
 ggml itself made, so that another build gives one clear error instead of wrong numbers.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections import deque
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -67,9 +69,13 @@ class Library:
         self.llama = llama
         self.ggml = ggml
         self._log: deque[str] = deque(maxlen=200)
+        self._collectors: list[list[str]] = []
 
         def keep(level: int, text: bytes, _user_data: object) -> None:
-            self._log.append(text.decode("utf-8", "replace"))
+            piece = text.decode("utf-8", "replace")
+            self._log.append(piece)
+            for collector in self._collectors:
+                collector.append(piece)
 
         self._log_callback = llama.llama_log_callback(keep)  # kept alive with the library
         llama.llama_log_set(self._log_callback, ctypes.c_void_p(0))
@@ -82,6 +88,16 @@ class Library:
     def log(self) -> str:
         """Return the last lines that llama.cpp logged (it never prints)."""
         return "".join(self._log)
+
+    @contextlib.contextmanager
+    def collected_log(self) -> Iterator[list[str]]:
+        """Collect everything that llama.cpp logs inside the ``with``, in pieces of lines."""
+        pieces: list[str] = []
+        self._collectors.append(pieces)
+        try:
+            yield pieces
+        finally:
+            self._collectors = [other for other in self._collectors if other is not pieces]
 
     def last_error(self) -> str:
         """Return the most telling logged line, for an error message; empty if there is none."""
@@ -136,6 +152,8 @@ def _declare(ggml: Any) -> None:
     ggml.ggml_get_data.restype = ctypes.c_void_p
     ggml.ggml_op_name.argtypes = [ctypes.c_int]
     ggml.ggml_op_name.restype = ctypes.c_char_p
+    ggml.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_buffer_is_host.restype = ctypes.c_bool
     ggml.ggml_tensor_overhead.argtypes = []
     ggml.ggml_tensor_overhead.restype = ctypes.c_size_t
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgeq.errors import RuntimeLibraryError
 from edgeq.runtime.library import load
+from edgeq.runtime.observer import Observer
 
 Tokens = npt.NDArray[np.int32]
 
@@ -30,9 +31,8 @@ class Model:
     n_seq : sequences that one batch may hold; the batch is ``n_ctx * n_seq`` tokens
     n_ubatch : tokens that one graph computes (llama.cpp's default, 512)
     n_threads : default: every CPU of this process
-    cb_eval : a ``ggml_backend_sched_eval_callback``, see ``edgeq.runtime.observer``
-    repack : let ggml repack weights for this CPU. Observers need False: repacked products are
-        computed by other kernels on the same inputs.
+    cb_eval : sees the inputs of every weight product; ``decode`` raises what it raised
+    repack : let ggml repack weights for this CPU; observers see the same products either way
     mmap : map the file; False reads it into writable memory
     vocab_only : load the vocabulary alone
 
@@ -50,7 +50,7 @@ class Model:
         n_seq: int = 1,
         n_ubatch: int = 512,
         n_threads: int | None = None,
-        cb_eval: Any = None,
+        cb_eval: Observer | None = None,
         repack: bool = True,
         mmap: bool = True,
         vocab_only: bool = False,
@@ -81,7 +81,7 @@ class Model:
         if not vocab_only:
             self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
 
-    def _open_context(self, n_ubatch: int, n_threads: int, cb_eval: Any) -> None:
+    def _open_context(self, n_ubatch: int, n_threads: int, observer: Observer | None) -> None:
         llama = self._llama
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = self.n_ctx * self.n_seq
@@ -90,9 +90,9 @@ class Model:
         params.kv_unified = self.n_seq > 1  # as llama-perplexity; one buffer for all sequences
         params.n_threads = params.n_threads_batch = n_threads
         params.no_perf = True
-        if cb_eval is not None:
-            params.cb_eval = cb_eval
-            self._cb_eval = cb_eval  # ctypes callbacks must outlive the context
+        self._observer = observer  # ctypes callbacks must outlive the context
+        if observer is not None:
+            params.cb_eval = observer.callback
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             reason = self._library.last_error()
@@ -196,6 +196,8 @@ class Model:
             batch.seq_id[i][0] = sequence
         np.ctypeslib.as_array(batch.logits, (n,))[:] = wants_logits
         status = self._llama.llama_decode(self._context, batch)
+        if self._observer is not None:
+            self._observer.raise_error()
         if status != 0:
             raise RuntimeLibraryError(
                 f"{self.path}: llama_decode of {n} tokens failed with status {status}: "
