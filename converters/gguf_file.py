@@ -15,17 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, fail, shown
 from converters.gguf_header import (
     NATIVE_DTYPES,
     SPLIT_KEYS,
     Field,
     Part,
     TensorInfo,
-    fail,
     read_part,
     row_bytes,
-    shown,
     split_paths,
     tensor_bytes,
 )

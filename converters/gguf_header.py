@@ -21,14 +21,13 @@ from typing import Any, NoReturn
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from converters.errors import ConversionError
+from converters.errors import DAMAGED, ConversionError, fail, shown
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its final zero
 MAX_ARRAY_VALUES = 1 << 26  # all arrays of a file together; the largest vocabulary is near 2**19
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-DAMAGED = "The file is damaged or incomplete: fetch or convert it again."
 
 NATIVE_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -155,17 +154,6 @@ def read_part(path: Path, whole: str = "") -> Part:
         raise ConversionError(
             f"{path}: cannot be read: {error}. Give a file that can be."
         ) from error
-
-
-def fail(path: Path, what: str, hint: str = DAMAGED) -> NoReturn:
-    """Raise ``ConversionError`` about `path`."""
-    raise ConversionError(f"{path}: {what}. {hint}")
-
-
-def shown(value: object) -> str:
-    """Return `value` for a message; a hostile file must not fill the screen."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class _Header:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_writer import GGUFWriter
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, shown
 from converters.gguf_header import (
     DEFAULT_ALIGNMENT,
     MAX_DIMENSIONS,
@@ -35,7 +35,6 @@ from converters.gguf_header import (
     VALUE_DTYPES,
     Field,
     read_part,
-    shown,
     split_paths,
     tensor_bytes,
 )
