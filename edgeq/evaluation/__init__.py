@@ -1,0 +1,11 @@
+"""How far a file is from its reference, measured through llama.cpp: the one judge of edgeq.
+
+``evaluate`` runs the pass and gives an ``Evaluation`` with per-token values; ``compare`` sets two
+of them against each other; ``store_reference`` writes a reference once for many files;
+``measure_speed`` counts tokens a second.
+"""
+
+from edgeq.evaluation.evaluate import Evaluation, evaluate
+from edgeq.evaluation.statistics import Estimate, Summary
+
+__all__ = ["Estimate", "Evaluation", "Summary", "evaluate"]
