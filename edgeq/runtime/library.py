@@ -1,4 +1,4 @@
-"""llama-cpp-python's shared libraries: loading, logging, and the check of the struct layout we read.
+"""llama-cpp-python's shared libraries: loading, logging, and the check of the layout we read.
 
 The only place that imports ``llama_cpp``. Everything that edgeq reads through a raw pointer
 (``ggml_tensor`` in evaluation callbacks) is checked here once per process against tensors that
