@@ -73,9 +73,7 @@ def _hf_tensor(architecture: str, name: str, tensor: Float32, geometry: Geometry
     return tensor
 
 
-def write_hf(
-    directory: Path, source: GgufFile, tensors: Tensors, geometry: Geometry
-) -> None:
+def write_hf(directory: Path, source: GgufFile, tensors: Tensors, geometry: Geometry) -> None:
     """Write a directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
     Parameters
@@ -248,14 +246,22 @@ def _write_bpe(directory: Path, source: GgufFile) -> None:
 def _write_sentencepiece(directory: Path, source: GgufFile) -> None:
     """Write Gemma's SentencePiece BPE as ``tokenizer.model`` and as ``tokenizer.json``."""
     kinds = source.value("tokenizer.ggml.token_type")
-    pieces = [_piece(t, k) for t, k in zip(source.value("tokenizer.ggml.tokens"), kinds, strict=True)]
+    pieces = [
+        _piece(t, k) for t, k in zip(source.value("tokenizer.ggml.tokens"), kinds, strict=True)
+    ]
     scores = source.value("tokenizer.ggml.scores")
-    ids = {k: source.value(f"tokenizer.ggml.{k}_token_id") for k in ("unknown", "bos", "eos", "padding")}
+    ids = {
+        k: source.value(f"tokenizer.ggml.{k}_token_id")
+        for k in ("unknown", "bos", "eos", "padding")
+    }
     model = _sentencepiece_model(pieces, scores, kinds, ids)
     (directory / "tokenizer.model").write_bytes(model)
     added, space = _added_tokens(source), {"String": " "}
     bos = pieces[ids["bos"]]
-    template = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = [
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
     _write_tokenizer(
         directory,
         added,

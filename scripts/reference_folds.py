@@ -162,7 +162,11 @@ def _turn(columns: Float32, partners: npt.NDArray[np.intp], t: Float64) -> Float
 
 
 def _add_silent_heads(tensors: Tensors, blk: str, wide: Geometry) -> None:
-    for name, n_heads in (("attn_q", wide.n_head), ("attn_k", wide.n_head_kv), ("attn_v", wide.n_head_kv)):
+    for name, n_heads in (
+        ("attn_q", wide.n_head),
+        ("attn_k", wide.n_head_kv),
+        ("attn_v", wide.n_head_kv),
+    ):
         weight = tensors[f"{blk}{name}.weight"]
         n_rows = n_heads * wide.head_dim - len(weight)
         tensors[f"{blk}{name}.weight"] = np.pad(weight, ((0, n_rows), (0, 0)))
@@ -193,4 +197,6 @@ def _residual_readers(tensors: Tensors, geometry: Geometry) -> list[str]:
 
 
 def _residual_writers(geometry: Geometry) -> list[str]:
-    return [f"blk.{i}.{n}.weight" for i in range(geometry.n_layers) for n in ("attn_output", "ffn_down")]
+    return [
+        f"blk.{i}.{n}.weight" for i in range(geometry.n_layers) for n in ("attn_output", "ffn_down")
+    ]

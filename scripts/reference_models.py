@@ -97,9 +97,7 @@ def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
     return report if whole else None
 
 
-def _make(
-    source: GgufFile, out: Path, work: Path, settings: Settings, say: Say
-) -> dict[str, Any]:
+def _make(source: GgufFile, out: Path, work: Path, settings: Settings, say: Say) -> dict[str, Any]:
     say(f"{source.path}: dequantizing {len(source.tensors)} tensors")
     tensors: Tensors = {name: source.read_float(name) for name in source.tensors}
     plain = work / "plain.gguf"
@@ -135,7 +133,9 @@ def _make(
             name: {"type": qtype.name, "error": after[name], "error_in_source": before.get(name)}
             for name, qtype in types.items()
         },
-        "files": {str(p.relative_to(out)): _sha256(p) for p in sorted(out.rglob("*")) if p.is_file()},
+        "files": {
+            str(p.relative_to(out)): _sha256(p) for p in sorted(out.rglob("*")) if p.is_file()
+        },
     }
     _check(report, KLD_LIMIT if settings.widen is None else WIDE_KLD_LIMIT)
     text = json.dumps(report, indent=2) + "\n"

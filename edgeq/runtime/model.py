@@ -35,6 +35,9 @@ class Model:
     repack : let ggml repack weights for this CPU; observers see the same products either way
     mmap : map the file; False reads it into writable memory
     vocab_only : load the vocabulary alone
+    exact_attention : keep keys and values in float32 and attend without the fused kernel, which
+        casts both to float16; slower. Otherwise two spellings of the same function differ by
+        KL divergences around 1e-6.
 
     Raises
     ------
@@ -54,6 +57,7 @@ class Model:
         repack: bool = True,
         mmap: bool = True,
         vocab_only: bool = False,
+        exact_attention: bool = False,
     ) -> None:
         self.path = Path(path)
         self._library = load()
@@ -78,6 +82,7 @@ class Model:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_ctx = n_ctx
         self.n_seq = n_seq
+        self._exact_attention = exact_attention
         if not vocab_only:
             self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
 
@@ -90,6 +95,9 @@ class Model:
         params.kv_unified = self.n_seq > 1  # as llama-perplexity; one buffer for all sequences
         params.n_threads = params.n_threads_batch = n_threads
         params.no_perf = True
+        if self._exact_attention:
+            params.type_k = params.type_v = llama.GGML_TYPE_F32
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._observer = observer  # ctypes callbacks must outlive the context
         if observer is not None:
             params.cb_eval = observer.callback
