@@ -26,13 +26,13 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_writer import GGUFWriter
 
 from converters.errors import ConversionError, shown
+from converters.gguf_fields import ALIGNMENT_KEY, ordered_fields, pack_value
 from converters.gguf_header import (
-    DEFAULT_ALIGNMENT,
+    DEFAULTALIGNMENT_KEY,
     MAX_DIMENSIONS,
     MAX_NAME_BYTES,
     NATIVE_DTYPES,
     SPLIT_KEYS,
-    VALUE_DTYPES,
     Field,
     read_part,
     split_paths,
@@ -41,8 +41,6 @@ from converters.gguf_header import (
 
 _CHUNK_BYTES = 4 << 20
 _MAX_PARTS = 65535  # split.count is UINT16
-_ARCHITECTURE = "general.architecture"
-_ALIGNMENT = "general.alignment"
 
 
 @dataclass(frozen=True)
@@ -107,13 +105,15 @@ def write_gguf(
         promises, no space, an output path that cannot be written, or data that reads back wrong.
     """
     path = Path(path)
-    fields = _ordered_fields(path, fields, alignment)
+    if not path.name:
+        raise ConversionError(f"{path}: not a file name. Give the path of the file to write.")
+    fields = ordered_fields(path, fields, alignment)
     _check_tensors(path, tensors)
-    padding = fields[_ALIGNMENT].value if _ALIGNMENT in fields else DEFAULT_ALIGNMENT
+    padding = fields[ALIGNMENT_KEY].value if ALIGNMENT_KEY in fields else DEFAULTALIGNMENT_KEY
     parts = _plan(path, fields, _grouped(path, tensors, split_max_bytes, padding))
-    _check_output(path, parts)
     done: list[Path] = []
     try:
+        _check_output(path, parts)
         for part in parts:
             _verify_part(part, _write_part(part, _Writer(part, padding), progress))
         for part in parts:
@@ -132,7 +132,7 @@ def write_gguf(
 
 
 class _Writer(GGUFWriter):  # type: ignore[misc]
-    """GGUFWriter for one file that adds no key of its own and packs by ``_pack``."""
+    """GGUFWriter for one file that adds no key of its own and packs by ``pack_value``."""
 
     def __init__(self, part: _PartPlan, alignment: int) -> None:
         super().__init__(None, arch="")
@@ -156,66 +156,7 @@ class _Writer(GGUFWriter):  # type: ignore[misc]
         sub_type: GGUFValueType | None = None,
     ) -> bytes:
         head = struct.pack("<I", vtype) if add_vtype else b""
-        return head + _pack(Field(val, vtype, sub_type))
-
-
-def _pack(field: Field) -> bytes:
-    """Return a value as it lies in the file, without its type.
-
-    GGUFWriter's own packing goes item by item and refuses empty arrays.
-    """
-    if field.type != GGUFValueType.ARRAY:
-        return _pack_items([field.value], field.type)
-    if field.item_type is None or field.item_type == GGUFValueType.ARRAY:
-        raise TypeError("an array needs an item type other than ARRAY")
-    items = _pack_items(field.value, field.item_type)
-    return struct.pack("<IQ", field.item_type, len(field.value)) + items
-
-
-def _pack_items(values: Sequence[Any], kind: GGUFValueType) -> bytes:
-    if kind == GGUFValueType.STRING:
-        pieces: list[bytes] = []
-        for value in values:
-            raw = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
-            pieces += (struct.pack("<Q", len(raw)), raw)
-        return b"".join(pieces)
-    dtype = VALUE_DTYPES[kind]
-    if len(values):
-        given = np.asarray(values)
-        allowed = {"i": "iu", "u": "iu", "f": "iuf", "b": "b"}[dtype.kind]
-        if given.ndim != 1 or given.dtype.kind not in allowed:
-            raise TypeError(f"its items are {given.dtype.name}")
-    with np.errstate(over="raise"):
-        return np.array(values, dtype).tobytes()
-
-
-def _ordered_fields(
-    path: Path, fields: Mapping[str, Field], alignment: int | None
-) -> dict[str, Field]:
-    """Check every value; put the architecture first, drop split keys, settle the alignment."""
-    ordered = {key: fields[key] for key in (_ARCHITECTURE,) if key in fields}
-    ordered |= {key: field for key, field in fields.items() if key not in SPLIT_KEYS}
-    if alignment is not None and (alignment != DEFAULT_ALIGNMENT or _ALIGNMENT in fields):
-        ordered[_ALIGNMENT] = Field(alignment, GGUFValueType.UINT32)
-    for key, field in ordered.items():
-        try:
-            if not key:
-                raise ValueError("the key is empty")
-            key.encode()
-            _pack(field)
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            kind = field.type.name + (f" of {field.item_type.name}" if field.item_type else "")
-            raise ConversionError(
-                f"{path}: metadata {shown(key)} cannot be written; got {shown(field.value)}, "
-                f"expected {kind} ({error}). Mend the value or its type."
-            ) from error
-    chosen = ordered.get(_ALIGNMENT, Field(DEFAULT_ALIGNMENT, GGUFValueType.UINT32))
-    if chosen.type != GGUFValueType.UINT32 or chosen.value.bit_count() != 1:
-        raise ConversionError(
-            f"{path}: {_ALIGNMENT} is {chosen.value} ({chosen.type.name}), expected a power of two "
-            "(UINT32). Leave it out for 32."
-        )
-    return ordered
+        return head + pack_value(Field(val, vtype, sub_type))
 
 
 def _check_tensors(path: Path, tensors: Sequence[TensorSource]) -> None:
@@ -225,10 +166,11 @@ def _check_tensors(path: Path, tensors: Sequence[TensorSource]) -> None:
         if tensor.name in seen:
             raise ConversionError(f"{where}: given twice. Give every tensor one name.")
         seen.add(tensor.name)
-        if len(tensor.name.encode()) > MAX_NAME_BYTES:
+        n_bytes = len(tensor.name.encode(errors="replace"))
+        if not tensor.name.isprintable() or n_bytes > MAX_NAME_BYTES:
             raise ConversionError(
-                f"{where}: the name is too long; got {len(tensor.name.encode())} bytes, expected "
-                f"at most {MAX_NAME_BYTES}. Shorten it."
+                f"{where}: the name cannot be written; got {n_bytes} bytes, expected at most "
+                f"{MAX_NAME_BYTES} of printable text. Give another name."
             )
         if len(tensor.shape) > MAX_DIMENSIONS or any(size < 1 for size in tensor.shape):
             raise ConversionError(
@@ -273,7 +215,7 @@ def _plan(
     if len(groups) == 1:
         return [_PartPlan(path, _temporary(path, token), fields, groups[0])]
     n_tensors = sum(len(group) for group in groups)
-    shared = {_ALIGNMENT: fields[_ALIGNMENT]} if _ALIGNMENT in fields else {}
+    shared = {ALIGNMENT_KEY: fields[ALIGNMENT_KEY]} if ALIGNMENT_KEY in fields else {}
     plans = []
     for number, target in enumerate(split_paths(path, len(groups))):
         values = (number, len(groups), n_tensors)
@@ -306,8 +248,7 @@ def _check_output(path: Path, parts: list[_PartPlan]) -> None:
     needed = sum(tensor_bytes(t.qtype, t.shape) for part in parts for t in part.tensors)
     try:
         free = shutil.disk_usage(path.parent).free
-        parts[0].temporary.touch(exist_ok=False)
-        parts[0].temporary.unlink()
+        parts[0].temporary.touch(exist_ok=False)  # opened again for writing, or removed
     except OSError as error:
         raise ConversionError(_os_message(path, error)) from error
     if needed > free:
@@ -401,7 +342,7 @@ def _verify_part(part: _PartPlan, digests: list[bytes]) -> None:
     for key, field in part.fields.items():
         back = seen.fields[key]
         if (back.type, back.item_type) != (field.type, field.item_type) or (
-            _pack(back) != _pack(field)
+            pack_value(back) != pack_value(field)
         ):
             _refuse(part, f"metadata {key}")
     if list(seen.tensors) != [tensor.name for tensor in part.tensors]:

@@ -1,0 +1,98 @@
+"""Metadata as it is written: checked, ordered, packed.
+
+``gguf.GGUFWriter`` packs arrays item by item, refuses empty ones and leaves values of the wrong
+type to ``struct``'s messages.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGUFValueType
+
+from converters.errors import ConversionError, shown
+from converters.gguf_header import DEFAULT_ALIGNMENT, SPLIT_KEYS, VALUE_DTYPES, Field
+
+ALIGNMENT_KEY = "general.alignment"
+MAX_ALIGNMENT = 1 << 16
+
+_ACCEPTED_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "b"}  # numpy's, by kind of the field
+
+
+def ordered_fields(
+    path: Path, fields: Mapping[str, Field], alignment: int | None
+) -> dict[str, Field]:
+    """Check every value; put the architecture first, drop split keys, settle the alignment.
+
+    Parameters
+    ----------
+    path : the file to be written, for messages
+    alignment : replaces that of `fields`; None leaves it
+
+    Raises
+    ------
+    ConversionError
+        A value that its type cannot hold.
+    """
+    ordered = {key: fields[key] for key in ("general.architecture",) if key in fields}
+    ordered |= {key: field for key, field in fields.items() if key not in SPLIT_KEYS}
+    if alignment is not None and (alignment != DEFAULT_ALIGNMENT or ALIGNMENT_KEY in fields):
+        ordered[ALIGNMENT_KEY] = Field(alignment, GGUFValueType.UINT32)
+    for key, field in ordered.items():
+        try:
+            if not key or not key.isprintable():
+                raise ValueError("the key is not printable text")
+            pack_value(field)
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            kind = field.type.name + (f" of {field.item_type.name}" if field.item_type else "")
+            raise ConversionError(
+                f"{path}: metadata {shown(key)} cannot be written; got {shown(field.value)}, "
+                f"expected {kind} ({error}). Mend the value or its type."
+            ) from error
+    chosen = ordered.get(ALIGNMENT_KEY, Field(DEFAULT_ALIGNMENT, GGUFValueType.UINT32))
+    if (
+        chosen.type != GGUFValueType.UINT32
+        or chosen.value > MAX_ALIGNMENT
+        or int(chosen.value).bit_count() != 1
+    ):
+        raise ConversionError(
+            f"{path}: {ALIGNMENT_KEY} is {chosen.value} ({chosen.type.name}), expected a power of "
+            f"two up to {MAX_ALIGNMENT} (UINT32). Leave it out for {DEFAULT_ALIGNMENT}."
+        )
+    return ordered
+
+
+def pack_value(field: Field) -> bytes:
+    """Return a value as it lies in the file, without its type.
+
+    Raises
+    ------
+    TypeError, ValueError, ArithmeticError, AttributeError
+        The value is not of the field's type, or out of its range.
+    """
+    if field.type != GGUFValueType.ARRAY:
+        return _pack_items([field.value], field.type)
+    if field.item_type is None or field.item_type == GGUFValueType.ARRAY:
+        raise TypeError("an array needs an item type other than ARRAY")
+    if isinstance(field.value, str | bytes):
+        raise TypeError("a text is no array")
+    items = _pack_items(field.value, field.item_type)
+    return struct.pack("<IQ", field.item_type, len(field.value)) + items
+
+
+def _pack_items(values: Sequence[Any], kind: GGUFValueType) -> bytes:
+    if kind == GGUFValueType.STRING:
+        pieces: list[bytes] = []
+        for value in values:
+            raw = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+            pieces += (struct.pack("<Q", len(raw)), raw)
+        return b"".join(pieces)
+    dtype = VALUE_DTYPES[kind]
+    if len(values):
+        given = np.asarray(values)  # numpy would cut 1.5 to 1 for an integer type
+        if given.ndim != 1 or given.dtype.kind not in _ACCEPTED_KINDS[dtype.kind]:
+            raise TypeError(f"its items are {given.dtype.name}")
+    with np.errstate(over="raise"):
+        return np.array(values, dtype).tobytes()
