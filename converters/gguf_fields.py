@@ -42,8 +42,8 @@ def ordered_fields(
         ordered[ALIGNMENT_KEY] = Field(alignment, GGUFValueType.UINT32)
     for key, field in ordered.items():
         try:
-            if not key or not key.isprintable():
-                raise ValueError("the key is not printable text")
+            if not key.encode():
+                raise ValueError("the key is empty")
             pack_value(field)
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             kind = field.type.name + (f" of {field.item_type.name}" if field.item_type else "")

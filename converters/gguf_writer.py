@@ -28,7 +28,7 @@ from gguf.gguf_writer import GGUFWriter
 from converters.errors import ConversionError, shown
 from converters.gguf_fields import ALIGNMENT_KEY, ordered_fields, pack_value
 from converters.gguf_header import (
-    DEFAULTALIGNMENT_KEY,
+    DEFAULT_ALIGNMENT,
     MAX_DIMENSIONS,
     MAX_NAME_BYTES,
     NATIVE_DTYPES,
@@ -109,7 +109,7 @@ def write_gguf(
         raise ConversionError(f"{path}: not a file name. Give the path of the file to write.")
     fields = ordered_fields(path, fields, alignment)
     _check_tensors(path, tensors)
-    padding = fields[ALIGNMENT_KEY].value if ALIGNMENT_KEY in fields else DEFAULTALIGNMENT_KEY
+    padding = fields[ALIGNMENT_KEY].value if ALIGNMENT_KEY in fields else DEFAULT_ALIGNMENT
     parts = _plan(path, fields, _grouped(path, tensors, split_max_bytes, padding))
     done: list[Path] = []
     try:
@@ -166,11 +166,11 @@ def _check_tensors(path: Path, tensors: Sequence[TensorSource]) -> None:
         if tensor.name in seen:
             raise ConversionError(f"{where}: given twice. Give every tensor one name.")
         seen.add(tensor.name)
-        n_bytes = len(tensor.name.encode(errors="replace"))
-        if not tensor.name.isprintable() or n_bytes > MAX_NAME_BYTES:
+        name = tensor.name.encode(errors="surrogatepass")
+        if len(name) > MAX_NAME_BYTES or name != tensor.name.encode(errors="ignore"):
             raise ConversionError(
-                f"{where}: the name cannot be written; got {n_bytes} bytes, expected at most "
-                f"{MAX_NAME_BYTES} of printable text. Give another name."
+                f"{where}: the name cannot be written; got {len(name)} bytes, expected UTF-8 of at "
+                f"most {MAX_NAME_BYTES}. Give another name."
             )
         if len(tensor.shape) > MAX_DIMENSIONS or any(size < 1 for size in tensor.shape):
             raise ConversionError(
