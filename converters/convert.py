@@ -1,0 +1,410 @@
+"""Hugging Face checkpoint to GGUF: names, metadata and the stream of tensors.
+
+Memory holds one output tensor and a slice of its source: a checkpoint larger than memory converts.
+
+References
+----------
+llama.cpp 0c1e57098, conversion/base.py: ModelBase.prepare_tensors for which tensors keep float32,
+ModelBase.__init__ for what ``auto`` means, ModelBase.prepare_metadata for ``general.*``.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as QType
+from gguf import GGUFValueType, LlamaFileType
+
+from converters.architectures import architecture_of
+from converters.architectures.description import Architecture, Array, Config, Output, Shape
+from converters.architectures.settings import settings
+from converters.checkpoint import Checkpoint
+from converters.errors import ConversionError
+from converters.gguf_file import Field, TensorSource, write_gguf
+from converters.vocab import read_vocabulary
+
+_LOG = logging.getLogger(__name__)
+
+FILE_TYPES: dict[str, tuple[LlamaFileType, QType]] = {
+    "f32": (LlamaFileType.ALL_F32, QType.F32),
+    "f16": (LlamaFileType.MOSTLY_F16, QType.F16),
+    "bf16": (LlamaFileType.MOSTLY_BF16, QType.BF16),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, QType.Q8_0),
+}
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SLICE_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time
+# never in a GGUF: buffers that old checkpoints saved
+_BUFFERS = (r".*\.attention\.(masked_)?bias", r".*\.rotary_emb\.inv_freq")
+# always float32, as llama.cpp's operators take them
+_ALWAYS_F32 = re.compile(r".*_norm\.weight|.*\.ffn_gate_inp\.weight|position_embd\.weight|.*\.bias")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One checkpoint tensor's part in a GGUF tensor."""
+
+    source: str
+    output: Output
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One GGUF tensor and where it comes from."""
+
+    name: str
+    shape: Shape
+    pieces: tuple[_Piece, ...] = ()
+    values: Array | None = None
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    ftype: str = "auto",
+    pre: str | None = None,
+    split_max_bytes: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Write a checkpoint as a GGUF file that llama.cpp runs.
+
+    Parameters
+    ----------
+    checkpoint : as opened by ``open_checkpoint``
+    out : file to write; replaced only when everything was written and read back
+    ftype : type of the matrices: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto`` for the first
+        16-bit type among the checkpoint's matrices and f16 if there is none. Norms, biases and
+        routers are float32 in any case. A matrix whose rows do not divide into blocks of 32
+        becomes f16 under ``q8_0``, with a warning in the log.
+    pre : name of llama.cpp's pre-tokenizer instead of the one that is found
+    split_max_bytes : start another part when one would grow beyond this
+    progress : called with the bytes written since the last call
+
+    Returns
+    -------
+    The files written, one unless the output is split.
+
+    Raises
+    ------
+    ConversionError
+        Unknown architecture, a setting llama.cpp has no place for, missing, surplus, misshaped or
+        non-finite tensors (by name), no tokenizer, or a vocabulary of another size.
+    """
+    if ftype != "auto" and ftype not in FILE_TYPES:
+        raise ConversionError(
+            f"convert: type {ftype!r}; expected auto, {', '.join(FILE_TYPES)}. Quantize from a "
+            "float GGUF for other types."
+        )
+    architecture = architecture_of(checkpoint)
+    _refuse_quantized(checkpoint)
+    config = settings(checkpoint.config, architecture)
+    file_type, qtype = FILE_TYPES[_guess_type(checkpoint) if ftype == "auto" else ftype]
+    targets = _targets(checkpoint, architecture, config)
+    fields = _fields(checkpoint, architecture, config, targets, file_type, pre)
+    sources = [_source(checkpoint, config, target, qtype) for target in targets]
+    return write_gguf(out, fields, sources, split_max_bytes=split_max_bytes, progress=progress)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ConversionError(
+            f"{checkpoint.directory}/config.json: the checkpoint is quantized already "
+            f"({method or 'quantization_config is set'}), expected float weights. Use the "
+            "original model."
+        )
+
+
+def _guess_type(checkpoint: Checkpoint) -> str:
+    for tensor in checkpoint.tensors.values():
+        if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16"):
+            return tensor.dtype.lower()
+    return "f16"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config) -> list[_Target]:
+    """Return every tensor of the GGUF; refuse what is missing or has no place."""
+    n_layers = config.get("num_hidden_layers") or config.get("n_layer")
+    if not isinstance(n_layers, int) or n_layers < 1:
+        raise ConversionError(
+            f"{checkpoint.directory}/config.json: num_hidden_layers is {n_layers!r}; expected a "
+            "positive integer."
+        )
+    names = gguf.get_tensor_name_map(architecture.model_arch, n_layers)
+    pieces: dict[str, list[_Piece]] = {}
+    for source in checkpoint.tensors:
+        plain = _text_name(source)
+        skipped = (*_BUFFERS, *architecture.skipped)
+        if any(re.fullmatch(pattern, plain) for pattern in skipped):
+            continue
+        for name, piece in _pieces(source, plain, architecture):
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if target is None:
+                raise ConversionError(
+                    f"{checkpoint.directory}: {source} has no place in a GGUF of architecture "
+                    f"{architecture.name} with {n_layers} layers. Remove it from the checkpoint, "
+                    "or mend config.json if it describes another model."
+                )
+            pieces.setdefault(target, []).append(piece)
+    if architecture.needs_output and config.get("tie_word_embeddings"):
+        pieces.setdefault("output.weight", list(pieces.get("token_embd.weight", [])))
+    _check_complete(checkpoint, architecture, config, n_layers, pieces)
+    targets = []
+    for entry in architecture.generated:
+        values = entry.values(config)
+        if values is not None:
+            targets.append(_Target(entry.name, values.shape, values=values))
+    return targets + [
+        _assemble(checkpoint, config, name, members) for name, members in pieces.items()
+    ]
+
+
+def _text_name(name: str) -> str:
+    """Return the name that a tensor of a text-only checkpoint would have."""
+    return name.replace("language_model.model.", "model.").replace("language_model.", "")
+
+
+def _pieces(source: str, plain: str, architecture: Architecture) -> list[tuple[str, _Piece]]:
+    for rule in architecture.rules:
+        match = re.fullmatch(rule.pattern, plain)
+        if match is None:
+            continue
+        groups = match.groupdict()
+        index = groups.get("index")
+        return [
+            (
+                plain if output.name is None else output.name.format(**groups),
+                _Piece(source, output, None if index is None else int(index)),
+            )
+            for output in rule.outputs
+        ]
+    return [(plain, _Piece(source, Output()))]
+
+
+def _check_complete(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    config: Config,
+    n_layers: int,
+    present: Mapping[str, Any],
+) -> None:
+    wanted = [f"{name}.weight" for name in architecture.required]
+    if architecture.needs_output or not config.get("tie_word_embeddings"):
+        wanted.append("output.weight")
+    for flag, names in architecture.required_if.items():
+        if config.get(flag):
+            wanted += names
+    for name in wanted:
+        layers = range(n_layers) if "{bid}" in name else range(1)
+        for layer in layers:
+            full = name.format(bid=layer)
+            if full not in present:
+                raise ConversionError(
+                    f"{checkpoint.directory}: the tensor for {full} is missing; config.json says "
+                    f"{n_layers} layers of {architecture.name}. Download the checkpoint again, or "
+                    "mend config.json."
+                )
+
+
+def _assemble(
+    checkpoint: Checkpoint, config: Config, name: str, members: Sequence[_Piece]
+) -> _Target:
+    shapes = set()
+    for piece in members:
+        shape = checkpoint.tensors[piece.source].shape
+        arrange = piece.output.arrange
+        shapes.add(shape if arrange is None else arrange.shape(shape, config))
+    sources = ", ".join(piece.source for piece in members[:3])
+    if len(shapes) != 1:
+        raise ConversionError(f"{sources}: shapes differ, {sorted(shapes)}, in one tensor {name}.")
+    shape = shapes.pop()
+    stack = members[0].output.stack_size
+    if stack is None:
+        if len(members) != 1:
+            raise ConversionError(f"{sources}: {len(members)} tensors for the one {name}.")
+        return _Target(name, shape, tuple(members))
+    members = sorted(members, key=lambda piece: piece.index or 0)
+    if [piece.index for piece in members] != list(range(config[stack])):
+        missing = set(range(config[stack])) - {piece.index for piece in members}
+        raise ConversionError(
+            f"{checkpoint.directory}: {name} is a stack of {config[stack]} tensors ({stack}); "
+            f"missing number {', '.join(map(str, sorted(missing))) or 'none'}, got "
+            f"{len(members)}, the first is {members[0].source}. Download the checkpoint again."
+        )
+    return _Target(name, (len(members), *shape), tuple(members))
+
+
+# --- metadata ------------------------------------------------------------------------------------
+
+
+def _fields(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    config: Config,
+    targets: Sequence[_Target],
+    file_type: LlamaFileType,
+    pre: str | None,
+) -> dict[str, Field]:
+    string, unsigned = GGUFValueType.STRING, GGUFValueType.UINT32
+    fields = {
+        "general.architecture": Field(architecture.name, string),
+        "general.type": Field("model", string),
+        **_general_fields(checkpoint, architecture, targets),
+        "general.file_type": Field(int(file_type), unsigned),
+        "general.quantization_version": Field(int(gguf.GGML_QUANT_VERSION), unsigned),
+    }
+    for key in architecture.keys:
+        if callable(key.source):
+            value = key.source(config)
+        else:
+            value = next((config[k] for k in key.source if config.get(k) is not None), None)
+        if value is None and key.required:
+            raise ConversionError(
+                f"{checkpoint.directory}/config.json: "
+                f"{' or '.join(key.source) if not callable(key.source) else key.name} is missing; "
+                f"{architecture.name} needs it."
+            )
+        if value is not None:
+            fields[key.name.format(arch=architecture.name)] = Field(value, key.type, key.item_type)
+    vocabulary = read_vocabulary(
+        checkpoint.directory,
+        checkpoint.config,
+        architecture,
+        n_vocab=config.get("vocab_size"),
+        pre=pre,
+    )
+    rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
+    if rows != len(vocabulary.tokens):
+        raise ConversionError(
+            f"{checkpoint.directory}: the embedding has {rows} rows, but the vocabulary "
+            f"{len(vocabulary.tokens)} tokens (vocab_size {config.get('vocab_size')}). The "
+            "tokenizer or config.json belongs to another model."
+        )
+    return fields | vocabulary.fields()
+
+
+def _general_fields(
+    checkpoint: Checkpoint, architecture: Architecture, targets: Sequence[_Target]
+) -> dict[str, Field]:
+    """Return ``general.*`` from the model card, the configuration and the directory's name."""
+    total = sum(math.prod(target.shape) for target in targets)
+    stacked = [target.shape for target in targets if "_exps." in target.name]
+    expert_parameters = sum(math.prod(shape) // shape[0] for shape in stacked)
+    shared = total - sum(math.prod(shape) for shape in stacked)
+    n_experts = sum(shape[0] for shape in stacked) // len(stacked) if stacked else 0
+    metadata = gguf.Metadata.load(None, checkpoint.directory, None, total)
+    generation = gguf.Metadata.load_generation_config(checkpoint.directory)
+    # the gguf package 0.19 does not know transformers' name of it yet
+    penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
+    metadata.sampling_penalty_repeat = penalty
+    metadata.name = metadata.name or checkpoint.directory.name
+    if metadata.size_label is None and total:
+        metadata.size_label = gguf.size_label(total, shared, expert_parameters, n_experts)
+    collector = gguf.GGUFWriter(None, architecture.name)
+    metadata.set_gguf_meta_model(collector)
+    fields = {}
+    for key, value in collector.kv_data[0].items():
+        items = value.sub_type  # the collector leaves it open until it would write
+        if value.type == GGUFValueType.ARRAY and items is None:
+            items = GGUFValueType.get_type(value.value[0])
+        fields[key] = Field(value.value, value.type, items)
+    return fields
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def _source(checkpoint: Checkpoint, config: Config, target: _Target, qtype: QType) -> TensorSource:
+    if len(target.shape) <= 1 or _ALWAYS_F32.fullmatch(target.name):
+        qtype = QType.F32
+    elif qtype == QType.Q8_0 and target.shape[-1] % 32:
+        _LOG.warning(
+            "%s: rows of %d do not divide into Q8_0 blocks of 32; stored as F16",
+            target.name,
+            target.shape[-1],
+        )
+        qtype = QType.F16
+
+    def load() -> npt.NDArray[Any]:
+        return _load(checkpoint, config, target, qtype)
+
+    return TensorSource(target.name, qtype, target.shape, load)
+
+
+def _load(
+    checkpoint: Checkpoint, config: Config, target: _Target, qtype: QType
+) -> npt.NDArray[Any]:
+    if target.values is not None:
+        return target.values
+    n_in = target.shape[-1]
+    n_rows = math.prod(target.shape[:-1])
+    out: npt.NDArray[Any]
+    if qtype in (QType.F32, QType.F16):
+        out = np.empty((n_rows, n_in), np.float32 if qtype == QType.F32 else np.float16)
+    else:
+        block_size, type_size = gguf.GGML_QUANT_SIZES[qtype]
+        out = np.empty((n_rows, n_in // block_size * type_size), np.uint8)
+    rows_each = n_rows // len(target.pieces)
+    for number, piece in enumerate(target.pieces):
+        raw, dtype = checkpoint.raw(piece.source)
+        if dtype not in _FLOATS:
+            raise ConversionError(
+                f"{piece.source}: stored as {dtype}, expected {', '.join(sorted(_FLOATS))}. Use "
+                "the unquantized checkpoint."
+            )
+        arrange = piece.output.arrange
+        raw = raw if arrange is None else arrange.apply(raw, config)
+        rows = raw.reshape(-1, n_in)
+        part = out[number * rows_each : (number + 1) * rows_each]
+        _encode_rows(rows, dtype, piece, qtype, part)
+    return out.reshape(*target.shape[:-1], out.shape[-1]) if target.shape else out.reshape(())
+
+
+def _encode_rows(
+    rows: Array, dtype: str, piece: _Piece, qtype: QType, out: npt.NDArray[Any]
+) -> None:
+    """Write `rows` into `out` in its type, a slice at a time."""
+    step = max(1, _SLICE_ELEMENTS // max(1, rows.shape[-1]))
+    for start in range(0, len(rows), step):
+        values = _float32(rows[start : start + step], dtype)
+        if not np.isfinite(values).all():
+            bad = values[~np.isfinite(values)]
+            raise ConversionError(
+                f"{piece.source}: {bad.size} weights are not finite (the first is {bad[0]}). The "
+                "checkpoint is damaged, or its training diverged."
+            )
+        if piece.output.offset:
+            values = values + np.float32(piece.output.offset)
+        part = out[start : start + step]
+        if qtype == QType.F32:
+            part[...] = values
+        elif qtype == QType.F16:
+            with np.errstate(over="ignore"):
+                part[...] = values
+            if not np.isfinite(part).all():
+                raise ConversionError(
+                    f"{piece.source}: {np.abs(values).max():g} does not fit into F16 (at most "
+                    "65504). Convert to bf16 or f32."
+                )
+        else:
+            part[...] = gguf.quants.quantize(values, qtype)
+
+
+def _float32(rows: Array, dtype: str) -> npt.NDArray[np.float32]:
+    """Return a slice of native data as C-ordered float32; bfloat16 comes as uint16."""
+    if dtype == "BF16":
+        return (np.ascontiguousarray(rows).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(rows, np.float32)
