@@ -27,7 +27,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its final zero
 MAX_ARRAY_VALUES = 1 << 26  # all arrays of a file together; the largest vocabulary is near 2**19
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")  # as llama-gguf-split orders them
 
 NATIVE_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),

@@ -218,8 +218,8 @@ def _plan(
     shared = {ALIGNMENT_KEY: fields[ALIGNMENT_KEY]} if ALIGNMENT_KEY in fields else {}
     plans = []
     for number, target in enumerate(split_paths(path, len(groups))):
-        values = (number, len(groups), n_tensors)
-        kinds = (GGUFValueType.UINT16, GGUFValueType.UINT16, GGUFValueType.INT32)
+        values = (number, n_tensors, len(groups))
+        kinds = (GGUFValueType.UINT16, GGUFValueType.INT32, GGUFValueType.UINT16)
         split = map(Field, values, kinds)
         own = (fields if number == 0 else shared) | dict(zip(SPLIT_KEYS, split, strict=True))
         plans.append(_PartPlan(target, _temporary(target, token), own, groups[number]))
