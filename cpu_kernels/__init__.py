@@ -1,5 +1,6 @@
 """Numbers on the CPU: numba kernels over arrays, blocks and bytes. Nothing here knows a model.
 
-``divergence`` compares rows of logits; ``reference_rows`` packs and bounds the rows of a compact
-reference; ``_numba`` holds the one decorator, and why its options are what they are.
+``divergence`` compares rows of logits; ``reference_rows`` packs the rows of a compact reference
+and ``reference_bounds`` compares with them; ``_numba`` holds the one decorator, and why its
+options are what they are.
 """

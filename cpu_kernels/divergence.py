@@ -281,7 +281,11 @@ def store(logits: Floats, next_tokens: Ints) -> tuple[Words, Doubles, Ints]:
 
 
 @kernel()
-def _stored_term(log_p: np.float32, x: np.float32, log_sum: np.float32) -> np.float32:
+def _stored_term(
+    code: np.uint16, scale: np.float32, lowest: np.float32, x: np.float32, log_sum: np.float32
+) -> np.float32:
+    # here and not in the reordered sum: a fused multiply-add would round ln p once less
+    log_p = scale * np.float32(code) + lowest
     term = _exp_as_libm(log_p) * (log_p - x + log_sum)
     return term if log_p > np.float32(-16) else np.float32(0)
 
@@ -292,8 +296,8 @@ def _stored_row(
 ) -> float:
     total = 0.0
     for i in range(logits.shape[0]):
-        log_p = scale * np.float32(stored[HEADER_WORDS + i]) + lowest
-        total += np.float64(_stored_term(log_p, logits[i], log_sum))
+        code = stored[HEADER_WORDS + i]
+        total += np.float64(_stored_term(code, scale, lowest, logits[i], log_sum))
     return total
 
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from cpu_kernels import divergence as kernels
 from edgeq.errors import EvaluationError
-from edgeq.evaluation.chunks import MIN_CTX, n_scored
+from edgeq.evaluation.chunks import MIN_CTX, Segment, n_scored
 from edgeq.runtime.model import Tokens
 
 MAGIC = b"_logits_"
@@ -80,9 +80,8 @@ def open_base_file(path: Path) -> BaseFile:
                 f"{path}: damaged header; got n_ctx {n_ctx}, n_vocab {n_vocab}, {n_chunks} "
                 "chunks. Write it again."
             )
-        words = kernels.stored_words(n_vocab)
-        shape = (n_chunks, n_scored(n_ctx), words)
-        expected = _HEADER.size + 4 * n_chunks * n_ctx + 2 * shape[0] * shape[1] * shape[2]
+        shape = (n_chunks, n_scored(n_ctx), kernels.stored_words(n_vocab))
+        expected = base_file_bytes(n_vocab, n_chunks, n_ctx)
         if size != expected:
             raise EvaluationError(
                 f"{path}: truncated or damaged; got {size} bytes, expected {expected} for "
@@ -100,8 +99,25 @@ def open_base_file(path: Path) -> BaseFile:
     return BaseFile(path, n_vocab, chunks.astype(np.int32), rows)
 
 
-def write_header(file: BinaryIO, n_vocab: int, chunks: Tokens) -> None:
-    """Write all that comes before the rows; the rows follow in the order of the text."""
-    n_chunks, n_ctx = chunks.shape
-    file.write(_HEADER.pack(MAGIC, n_ctx, n_vocab, n_chunks))
-    file.write(chunks.astype("<i4").tobytes())
+def base_file_bytes(n_vocab: int, n_chunks: int, n_ctx: int) -> int:
+    """Return the size of a base file."""
+    row_bytes = 2 * kernels.stored_words(n_vocab)
+    return _HEADER.size + n_chunks * (4 * n_ctx + n_scored(n_ctx) * row_bytes)
+
+
+class BaseWriter:
+    """Writes the file; the segments come in the order of the text."""
+
+    def __init__(self, file: BinaryIO, n_vocab: int, chunks: Tokens) -> None:
+        n_chunks, n_ctx = chunks.shape
+        self._file = file
+        file.write(_HEADER.pack(MAGIC, n_ctx, n_vocab, n_chunks))
+        file.write(chunks.astype("<i4").tobytes())
+
+    def write(
+        self, segment: Segment, logits: npt.NDArray[np.float32], following: Tokens
+    ) -> npt.NDArray[np.float64]:
+        """Write the rows of one segment and return −ln p of the following tokens, nats."""
+        rows, nll, _ = kernels.store(logits, following)
+        self._file.write(rows.astype("<u2", copy=False).tobytes())
+        return nll

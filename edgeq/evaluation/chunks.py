@@ -38,6 +38,12 @@ class Segment:
     first_row: int
     rows: slice
 
+    @property
+    def place(self) -> tuple[int, slice]:
+        """Where the rows are in an array of (n_chunks, n_scored)."""
+        n_rows = self.rows.stop - self.rows.start
+        return self.chunk, slice(self.first_row, self.first_row + n_rows)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,10 @@ import numpy.typing as npt
 
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import chunks as chunking
-from edgeq.evaluation.references import Reference, open_reference
+from edgeq.evaluation.references import Reference
 from edgeq.evaluation.statistics import Summary, summarize
+from edgeq.evaluation.store import DEFAULT_CTX, Progress, chunks_of, open_model, open_reference
 from edgeq.runtime.model import Model, Tokens
-
-Progress = Callable[[int, int], None]
-DEFAULT_CTX = 512
 
 _ARRAYS: Mapping[str, str] = {
     "nll": "<f8",
@@ -149,30 +147,6 @@ class Evaluation:
             ) from error
 
 
-def open_model(path: Path, n_ctx: int, n_threads: int | None) -> Model:
-    """Load a file with room for the sequences of one batch of chunks of `n_ctx` tokens."""
-    n_seq = chunking.sequences_at_once(n_ctx)
-    return Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads)
-
-
-def chunks_of(model: Model, text: str | Tokens, n_ctx: int, limit: int | None) -> Tokens:
-    """Return the chunks of a text or of its tokens, (n_chunks, n_ctx) int32.
-
-    Raises
-    ------
-    EvaluationError
-        Too short for one chunk, or a token outside the vocabulary.
-    """
-    tokens = model.tokenize(text) if isinstance(text, str) else np.asarray(text, np.int32)
-    found = chunking.cut(tokens.ravel(), n_ctx, limit, "text")
-    if found.min() < 0 or found.max() >= model.n_vocab:
-        raise EvaluationError(
-            f"text: its tokens are {found.min()} to {found.max()}, expected 0 to "
-            f"{model.n_vocab - 1}. Tokenize it with {model.path}."
-        )
-    return found
-
-
 def _agreed_chunks(
     model: Model, text: str | Tokens | None, reference: Reference, n_ctx: int, limit: int | None
 ) -> Tokens:
@@ -279,8 +253,7 @@ def _run(
         reference.prepare(batch)
         logits = batch.run(model)
         for segment in batch.segments:
-            n_rows = segment.rows.stop - segment.rows.start
-            place = (segment.chunk, slice(segment.first_row, segment.first_row + n_rows))
+            place = segment.place
             rows, bound = reference.compare(segment, logits[segment.rows], following[place])
             if not np.isfinite(rows.kld).all():
                 raise EvaluationError(
@@ -290,7 +263,7 @@ def _run(
             for field in dataclasses.fields(rows):
                 arrays[field.name][place] = getattr(rows, field.name)
             arrays["kld_bound"][place] = bound
-            if segment.first_row + n_rows == shape[1]:
+            if place[1].stop == shape[1]:
                 done += 1
                 if progress is not None:
                     progress(done, len(chunks))

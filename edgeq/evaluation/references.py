@@ -156,20 +156,3 @@ class BaseReference:
         trace: TracebackType | None,
     ) -> None:
         del self._file
-
-
-def open_reference(path: Path, n_threads: int | None) -> Reference:
-    """Open a reference of any kind, told apart by how the file starts.
-
-    Raises
-    ------
-    EvaluationError
-        No such file, or a damaged one.
-    """
-    if not path.is_file():
-        raise EvaluationError(
-            f"{path}: no such file. Give a GGUF file or a stored reference to compare with."
-        )
-    if base_logits.is_base_file(path):
-        return BaseReference(path)
-    return ModelReference(path, n_threads)
