@@ -311,7 +311,7 @@ def _gguf_entry(
     if not np.isfinite(counts).all():
         raise ConversionError(f"{path}: {name}: a count is not finite. Compute it again.")
     return (
-        np.ascontiguousarray(sums.reshape(n_counts, -1), np.float32),
+        np.array(sums.reshape(n_counts, -1), np.float32),  # a copy: the file may be replaced
         np.rint(counts.ravel()).astype(np.int64),
     )
 

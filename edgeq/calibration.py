@@ -410,7 +410,7 @@ def chunks_of(
     CalibrationError
         There is less than one chunk, or the chunk is longer than the model's context.
     """
-    if chunk > model.n_ctx_train:
+    if 0 < model.n_ctx_train < chunk:  # 0: only the vocabulary is loaded
         raise CalibrationError(
             f"{model.path}: chunks of {chunk} tokens; the model was trained on at most "
             f"{model.n_ctx_train}. Choose shorter chunks."
@@ -433,10 +433,11 @@ def _sums_of(product: ProductInput) -> tuple[npt.NDArray[np.float64], ...]:
     """Return sums of squares and sums, (n_mat, n_in), and counts, (n_mat,), of one input."""
     shape = (product.n_mat, product.n_in)
     squares, values, counts = np.zeros(shape), np.zeros(shape), np.zeros(product.n_mat)
-    for matrix, rows in product.by_matrix():
-        squares[matrix] = np.einsum("ij,ij->j", rows, rows)
-        values[matrix] = rows.sum(axis=0)
-        counts[matrix] = len(rows)
+    with np.errstate(all="ignore"):  # checked below, with the tensor's name
+        for matrix, rows in product.by_matrix():
+            squares[matrix] = np.einsum("ij,ij->j", rows, rows)
+            values[matrix] = rows.sum(axis=0)
+            counts[matrix] = len(rows)
     if not np.isfinite(squares).all():
         matrix, channel = np.argwhere(~np.isfinite(squares))[0].tolist()
         raise CalibrationError(
