@@ -39,7 +39,7 @@ from converters.gguf_header import (
     tensor_bytes,
 )
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
 _MAX_PARTS = 65535  # split.count is UINT16
 
 
