@@ -63,11 +63,12 @@ def tensor(name="w", ne=(32, 2), kind=Type.F32, offset=0, n_dims=None):
 
 
 ARCHITECTURE = field("general.architecture", Kind.STRING, string("llama"))
+WEIGHT = tensor()
 
 
 def gguf(
     fields=(ARCHITECTURE,),
-    tensors=(tensor(),),
+    tensors=(WEIGHT,),
     data=bytes(256),
     magic=b"GGUF",
     version=3,
@@ -344,7 +345,7 @@ def mutations(whole: bytes, n: int):
 
 
 def test_damaged_files_are_refused_or_read_within_bounds(tmp_path):
-    outcomes = {"read": 0, "refused": 0}
+    n_read, refusals = 0, []
     tracemalloc.start()
     start = time.process_time()
     for raw in mutations(everything(), N_MUTATIONS):
@@ -354,15 +355,15 @@ def test_damaged_files_are_refused_or_read_within_bounds(tmp_path):
                 assert file.read_bytes(name).nbytes == info.n_bytes <= len(raw)
                 if info.qtype not in UNDECODABLE:
                     assert file.read_float(name).shape == info.shape
-            outcomes["read"] += 1
+            n_read += 1
         except ConversionError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
+            refusals.append(str(error))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
     assert time.process_time() - start < CORPUS_SECONDS
-    assert min(outcomes.values()) > N_MUTATIONS // 10
+    assert not any("\n" in refusal for refusal in refusals)
+    assert min(n_read, len(refusals)) > N_MUTATIONS // 10
 
 
 VALUES = {
@@ -436,7 +437,7 @@ def test_unknown_tensors_and_files_without_architecture_are_named(tmp_path):
     file = opened(tmp_path, gguf([]))
     with pytest.raises(ConversionError, match="no tensor 'v' among its 1"):
         file.read_float("v")
-    with pytest.raises(ConversionError, match="general.architecture is None, expected a name"):
+    with pytest.raises(ConversionError, match=r"general.architecture is None, expected a name"):
         _ = file.architecture
 
 
