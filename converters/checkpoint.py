@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from converters.errors import fail, shown
 from converters.hub import resolve_model
+from converters.json_file import read_json
 from converters.safetensors_file import CheckpointTensor, map_tensor, read_header
 
 __all__ = ["Checkpoint", "CheckpointTensor", "open_checkpoint", "resolve_model"]
@@ -123,7 +124,11 @@ def open_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> Checkpoi
             "not a directory",
             "Give the directory that holds config.json and *.safetensors.",
         )
-    config = _read_json(directory / "config.json", "Give a Hugging Face checkpoint's directory.")
+    config = read_json(directory / "config.json")
+    if config is None:
+        fail(
+            directory / "config.json", "no such file", "Give a Hugging Face checkpoint's directory."
+        )
     paths, weight_map = _safetensors_paths(directory)
     if paths:
         headers = {file: read_header(_inside(directory, file)) for file in paths}
@@ -141,20 +146,6 @@ def open_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> Checkpoi
     pickles = PickleFiles([_inside(directory, file) for file in paths])
     tensors = _merged(directory, dict(zip(paths, pickles.headers(), strict=True)), weight_map)
     return Checkpoint(directory, config, tensors, pickles.load)
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        fail(path, "no such file", hint)
-    except OSError as error:
-        fail(path, f"cannot be read ({error})", hint)
-    except (ValueError, RecursionError) as error:
-        fail(path, f"not JSON ({error})", "Fetch it again.")
-    if not isinstance(content, dict):
-        fail(path, f"holds a JSON {type(content).__name__}, expected an object", "Fetch it again.")
-    return content
 
 
 def _safetensors_paths(directory: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -227,7 +218,7 @@ def _pickle_paths(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Return an index's map from tensor to file, all of them plain names."""
-    weight_map = _read_json(path, "Fetch it again.").get("weight_map")
+    weight_map = (read_json(path) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         fail(path, f"weight_map is {shown(weight_map)}, expected tensor names and files")
     for name, file in weight_map.items():

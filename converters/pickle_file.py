@@ -83,7 +83,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"refused, it holds more than tensors ({reason})",
             "Do not use this file; look for safetensors of the model.",
         )
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - on garbage torch's unpickler raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(path, f"torch cannot load it ({reason})")
     if not isinstance(state, dict):
