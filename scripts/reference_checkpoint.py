@@ -1,4 +1,4 @@
-"""The Hugging Face directory of a reference: names, ``config.json``, and a tokenizer rebuilt from GGUF.
+"""The Hugging Face directory of a reference: tensors, ``config.json``, and a rebuilt tokenizer.
 
 What the GGUF lost (the kind of SentencePiece's control pieces, the pre-tokenizer's rules) is known
 for the two models that the references are made from, and filled in here.
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference_folds import Float32, Geometry, Tensors
 from safetensors.numpy import save_file
 
 from converters.gguf_file import GgufFile
+from scripts.reference_folds import Float32, Geometry, Tensors
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # llama_token_type in include/llama.h
 
@@ -125,7 +125,6 @@ def _config(source: GgufFile, tensors: Tensors, geometry: Geometry) -> dict[str,
         "bos_token_id": source.value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": source.value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": source.value("tokenizer.ggml.padding_token_id"),
-        "head_dim": geometry.head_dim,
         "hidden_size": geometry.n_embd,
         "intermediate_size": value("feed_forward_length"),
         "max_position_embeddings": value("context_length"),
@@ -139,6 +138,8 @@ def _config(source: GgufFile, tensors: Tensors, geometry: Geometry) -> dict[str,
         "use_cache": True,
         "vocab_size": len(tensors["token_embd.weight"]),
     }
+    if geometry.head_dim * geometry.n_head != geometry.n_embd:
+        config["head_dim"] = geometry.head_dim
     if architecture == "llama":
         return config | {"hidden_act": "silu", "mlp_bias": False}
     full = [(i + 1) % 6 == 0 for i in range(geometry.n_layers)]

@@ -1,4 +1,4 @@
-"""Changes of a model's weights that keep its function: what takes a reference off its source's grid.
+"""Changes of weights that keep a model's function: what takes a reference off its source's grid.
 
 Everything here is elementwise IEEE arithmetic on draws from ``PCG64`` that are rounded to a coarse
 dyadic grid first, so a seed gives the same bytes on every machine (no BLAS, no ``exp`` or ``sin``
@@ -21,6 +21,10 @@ Float64 = npt.NDArray[np.float64]
 SCALE_LOW = 0.7  # channel scales are log-uniform in [SCALE_LOW, 2 * SCALE_LOW)
 DRAW_STEPS = 4096  # draws are rounded to 1 / DRAW_STEPS
 MIX_LOW, MIX_HIGH = 0.25, 0.65  # tan(angle / 2): planes turn by 28 to 66 degrees
+
+
+class ReferenceModelError(Exception):
+    """A reference that cannot be made, or that does not hold what it promises."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ def widen(tensors: Tensors, geometry: Geometry, n_embd: int, seed: int) -> Geome
 
     Raises
     ------
-    ValueError
+    ReferenceModelError
         `n_embd` is not in (old, 2 * old] or not a whole number of groups of heads.
     """
     old = geometry.n_embd
     n_new, group = n_embd - old, geometry.n_head // geometry.n_head_kv
     if geometry.has_post_norms or not 0 < n_new <= old or n_embd % (group * geometry.head_dim):
-        raise ValueError(
+        raise ReferenceModelError(
             f"--widen: cannot widen {old} channels to {n_embd}; expected a multiple of "
             f"{group * geometry.head_dim} (a group of {group} heads) up to {2 * old}, in a model "
             "without norms after its sublayers. Choose another width."

@@ -19,11 +19,18 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
-from reference_checkpoint import write_hf
-from reference_folds import Geometry, Tensors, fold_channels, permute_residual, widen
-from reference_proof import divergences, normal_error, reencoding_error
 
 from converters.gguf_file import Field, GgufFile, TensorSource, open_gguf, write_gguf
+from scripts.reference_checkpoint import write_hf
+from scripts.reference_folds import (
+    Geometry,
+    ReferenceModelError,
+    Tensors,
+    fold_channels,
+    permute_residual,
+    widen,
+)
+from scripts.reference_proof import divergences, normal_error, reencoding_error
 
 VERSION = 1  # of the recipe below: another one makes other bytes
 TEXT = Path(__file__).with_name("reference_text.txt")
@@ -31,10 +38,6 @@ KLD_LIMIT, WIDE_KLD_LIMIT = 1e-6, 1e-5
 MOVED = 0.5  # a moved matrix loses at least this part of what normal numbers lose
 F32 = GGMLQuantizationType.F32
 Say = Callable[[str], None]
-
-
-class ReferenceModelError(Exception):
-    """A reference that cannot be made, or that does not hold what it promises."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,17 @@ def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
     try:
         report: dict[str, Any] = json.loads((out / "reference.json").read_text("utf-8"))
         same = report["settings"] == asdict(settings)
-        whole = all(_sha256(out / name) == digest for name, digest in report["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        same = whole = False
+    except (OSError, ValueError, LookupError, TypeError):
+        same = False
     if not same:
         raise ReferenceModelError(
             f"{out}: exists and is no reference with these settings. "
             "Remove it or choose another directory with -o."
         )
+    whole = all(
+        (out / name).is_file() and _sha256(out / name) == digest
+        for name, digest in report["files"].items()
+    )
     return report if whole else None
 
 
@@ -112,7 +118,7 @@ def _make(source: GgufFile, out: Path, work: Path, settings: Settings, say: Say)
     _settle_norms(source.architecture, tensors)
     say(f"writing {sum(t.nbytes for t in tensors.values()) >> 20} MiB, twice")
     write_hf(out / "hf", source, tensors, geometry)
-    _write(out / "model-f32.gguf", source, tensors, _changed_fields(source, geometry))
+    _write(out / "model-f32.gguf", source, tensors, _changed_fields(source, geometry, tensors))
     types = _source_types(source, tensors)
     after = _reencoding(tensors, types)
     tensors.clear()
@@ -168,14 +174,20 @@ def _settle_norms(architecture: str, tensors: Tensors) -> None:
         tensors |= {n: (t - one) + one for n, t in tensors.items() if n.endswith("norm.weight")}
 
 
-def _changed_fields(source: GgufFile, geometry: Geometry) -> dict[str, Any]:
+def _changed_fields(source: GgufFile, geometry: Geometry, tensors: Tensors) -> dict[str, Any]:
+    """Return the metadata that another width changes; the same values where nothing did."""
+    if geometry == read_geometry(source):
+        return {}
     changed = {
         "embedding_length": geometry.n_embd,
         "attention.head_count": geometry.n_head,
         "attention.head_count_kv": geometry.n_head_kv,
         "attention.layer_norm_rms_epsilon": geometry.rms_eps,
     }
-    return {f"{source.architecture}.{key}": value for key, value in changed.items()}
+    size_label = f"{sum(t.size for t in tensors.values()) / 1e6:.0f}M"
+    return {f"{source.architecture}.{key}": value for key, value in changed.items()} | {
+        "general.size_label": size_label
+    }
 
 
 def _write(path: Path, source: GgufFile, tensors: Tensors, changed: dict[str, Any]) -> None:
@@ -191,7 +203,7 @@ def _write(path: Path, source: GgufFile, tensors: Tensors, changed: dict[str, An
 
 
 def _source_types(source: GgufFile, tensors: Tensors) -> dict[str, GGMLQuantizationType]:
-    """Return the type that each quantized matrix came in; an untied output came as the embedding."""
+    """Return the type that each quantized matrix came in; an untied output has the embedding's."""
     types = {name: tensor.qtype for name, tensor in source.tensors.items() if tensor.qtype != F32}
     if "output.weight" in tensors:
         types.setdefault("output.weight", types["token_embd.weight"])

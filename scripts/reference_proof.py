@@ -1,4 +1,4 @@
-"""What shows that a reference is the source's function on weights that are not the source's grid."""
+"""What shows that a reference is its source's function on weights that left the source's grid."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, quants
-from reference_folds import Float32
 
 from edgeq.runtime.encoders import encode
 from edgeq.runtime.model import Model
+from scripts.reference_folds import Float32, ReferenceModelError
 
 _ROWS = 64  # of logits, float64 at a time
 _WEIGHTS = 1 << 22  # re-encoded at a time
@@ -44,7 +44,7 @@ def divergences(
 
     Raises
     ------
-    ValueError
+    ReferenceModelError
         The text is too short.
     """
     pairs: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in references}
@@ -56,7 +56,7 @@ def divergences(
         others = dict(zip(references, rest, strict=True))
         tokens = model.tokenize(text, add_special=False)
         if len(tokens) < n_chunks * n_ctx:
-            raise ValueError(
+            raise ReferenceModelError(
                 f"text: too short; got {len(tokens)} tokens, expected {n_chunks} × {n_ctx}. "
                 "Give a longer text."
             )

