@@ -2,6 +2,8 @@ import hashlib
 import importlib.util
 import os
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -540,3 +542,8 @@ def test_gguf_reader_agrees(smollm2):
     for tensor in reader.tensors[::40]:
         assert file.tensors[tensor.name].offset == tensor.data_offset
         np.testing.assert_array_equal(file.read_bytes(tensor.name), tensor.data.view(np.uint8))
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    code = "import sys, converters; assert not {'gguf', 'numpy', 'json'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
