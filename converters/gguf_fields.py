@@ -18,7 +18,13 @@ from converters.gguf_header import DEFAULT_ALIGNMENT, SPLIT_KEYS, VALUE_DTYPES, 
 ALIGNMENT_KEY = "general.alignment"
 MAX_ALIGNMENT = 1 << 16
 
-_ACCEPTED_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "b"}  # numpy's, by kind of the field
+_WHOLE: tuple[type, ...] = (int, np.integer)
+_ACCEPTED: dict[str, tuple[type, ...]] = {  # by the kind of the field's numpy type
+    "i": _WHOLE,
+    "u": _WHOLE,
+    "f": (*_WHOLE, float, np.floating),
+    "b": (bool, np.bool_),
+}
 
 
 def ordered_fields(
@@ -90,9 +96,9 @@ def _pack_items(values: Sequence[Any], kind: GGUFValueType) -> bytes:
             pieces += (struct.pack("<Q", len(raw)), raw)
         return b"".join(pieces)
     dtype = VALUE_DTYPES[kind]
-    if len(values):
-        given = np.asarray(values)  # numpy would cut 1.5 to 1 for an integer type
-        if given.ndim != 1 or given.dtype.kind not in _ACCEPTED_KINDS[dtype.kind]:
-            raise TypeError(f"its items are {given.dtype.name}")
+    for given in {type(value) for value in values}:  # numpy would cut 1.5 to 1, or take "1"
+        is_bool = issubclass(given, bool | np.bool_)
+        if not issubclass(given, _ACCEPTED[dtype.kind]) or is_bool != (dtype.kind == "b"):
+            raise TypeError(f"an item is {given.__name__}")
     with np.errstate(over="raise"):
         return np.array(values, dtype).tobytes()

@@ -55,6 +55,19 @@ def test_the_stock_reader_reads_it(tmp_path):
     assert os.listdir(tmp_path) == ["f.gguf"]
 
 
+def test_numbers_of_numpy_and_beyond_int64_are_taken(tmp_path):
+    fields = {
+        "large": Field([0, 1 << 63], Kind.ARRAY, Kind.UINT64),
+        "array": Field(np.arange(3, dtype=np.int16), Kind.ARRAY, Kind.INT32),
+        "scalar": Field(np.float32(0.5), Kind.FLOAT32),
+        "tuple": Field((True, False), Kind.ARRAY, Kind.BOOL),
+        "whole": Field([1, 2.5], Kind.ARRAY, Kind.FLOAT32),
+    }
+    file = open_gguf(write_gguf(tmp_path / "f.gguf", fields, [])[0])
+    values = [file.value(key) for key in fields]
+    assert values == [[0, 1 << 63], [0, 1, 2], 0.5, [True, False], [1.0, 2.5]]
+
+
 def test_an_existing_file_is_replaced_and_modes_follow_the_umask(out):
     before = os.umask(0o027)
     try:
@@ -204,6 +217,8 @@ def test_a_transposed_tensor_is_not_copied_whole(tmp_path):
         (Field([1], Kind.INT32), r"got \[1\], expected INT32"),
         (Field([1, "a"], Kind.ARRAY, Kind.INT32), "expected ARRAY of INT32"),
         (Field([1.5], Kind.ARRAY, Kind.INT32), "expected ARRAY of INT32"),
+        (Field([True], Kind.ARRAY, Kind.INT32), "an item is bool"),
+        (Field(["1"], Kind.ARRAY, Kind.INT32), "an item is str"),
         (Field("abc", Kind.ARRAY, Kind.STRING), "a text is no array"),
         (Field([[1]], Kind.ARRAY, Kind.ARRAY), "an array needs an item type other than ARRAY"),
         (Field([1], Kind.ARRAY), "an array needs an item type"),
