@@ -7,6 +7,7 @@ surprises it; everything that can make it do so is refused here first.
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -170,7 +171,8 @@ def encode(
     if importances is not None:
         importances = _checked_importances(importances, (n_mat, n_in), name)
         if qtype in _GRID_TYPES:
-            limit = min(limit, float(np.sqrt(_GRID_MAX_ENERGY / max(importances.max(), 1e-30))))
+            peak = max(float(importances.max()), 1e-30)
+            limit = min(limit, math.sqrt(_GRID_MAX_ENERGY / peak))
     elif qtype in _NEEDS_IMPORTANCES:
         raise CalibrationError(
             f"{name}: {qtype.name} cannot be encoded without importances. "
@@ -273,9 +275,12 @@ class _EncodeJob:
         where = f"{self.name}: the weight in row {start + row}, column {column} is {value:.6g}"
         if not np.isfinite(value):
             raise ConversionError(f"{where}, expected a finite number. The checkpoint is damaged.")
+        beside = ""
+        if self.importances is not None and self.limit < _weight_limit(self.qtype):
+            beside = f" with importances of up to {self.importances.max():.3g}"
         raise ConversionError(
-            f"{where}, too large for {self.qtype.name}; expected less than {self.limit:.3g}. "
-            "Choose BF16 or F32 for it."
+            f"{where}, too large for {self.qtype.name}{beside}; expected less than "
+            f"{self.limit:.3g}. Choose BF16 or F32 for it."
         )
 
 

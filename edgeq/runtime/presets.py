@@ -7,6 +7,7 @@ its rules (mixes, tied embeddings, row-size fallbacks, overrides) and logs the d
 Q4_0, Q5_0, IQ3_XXS, IQ4_NL and IQ4_XS depend.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import math
@@ -24,7 +25,7 @@ from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.registry import unknown_name
-from edgeq.runtime.encoders import FloatArray, needs_importances, type_names
+from edgeq.runtime.encoders import FloatArray, check_row, needs_importances, type_names
 from edgeq.runtime.library import load
 from edgeq.runtime.model import available_cpus
 
@@ -181,14 +182,28 @@ def choose_types(
     Raises
     ------
     RecipeError
-        Unknown preset, or rows that no type of this preset fits.
+        Unknown preset, or an option's type that ggml cannot encode or that the rows do not fit.
     RuntimeLibraryError
-        llama.cpp cannot read the file, or logs in another form than the pinned version.
+        llama.cpp has no type for the rows of a tensor, cannot read the file, or logs in another form than the pinned version.
     """
     file = open_gguf(path)
     imatrix = {"-": np.ones((1, 1), np.float32)} if has_imatrix else None
     job = _Job(find_preset(preset), options or MixOptions(), imatrix, dry_run=True)
+    _check_options(job.options, file)
     return _read_decisions(job.run(file.paths[0], path), file, job.preset)
+
+
+def _check_options(options: MixOptions, file: GgufFile) -> None:
+    """Refuse types that end the process in ggml: llama.cpp takes these as they are asked."""
+    for name in _EMBEDDINGS:
+        if options.token_embedding_type is not None and name in file.tensors:
+            check_row(name, file.tensors[name].shape[-1], options.token_embedding_type)
+    if options.output_type is not None:
+        name = _OUTPUT if _OUTPUT in file.tensors else _EMBEDDINGS[0]
+        if name in file.tensors:
+            check_row(name, file.tensors[name].shape[-1], options.output_type)
+    for pattern, qtype in options.overrides:
+        check_row(pattern, GGML_QUANT_SIZES[qtype][0], qtype)  # rows have a fallback here
 
 
 def quantizable_tensors(path: Path) -> frozenset[str]:
@@ -232,7 +247,7 @@ def quantize_with_llama_cpp(
     Raises
     ------
     RecipeError
-        Unknown preset, or rows that no type of this preset fits.
+        Unknown preset, or an option's type that ggml cannot encode or that the rows do not fit.
     CalibrationError
         A type needs importances that `imatrix` does not have, or some are not finite.
     RuntimeLibraryError
@@ -265,7 +280,8 @@ def quantize_with_llama_cpp(
             "Free some space or choose another place."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return log
 
 
