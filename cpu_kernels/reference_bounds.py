@@ -100,6 +100,21 @@ def _tail(counts: Longs, mass: float, entropy: float, q: float, cut: float, lowe
 
 
 @kernel()
+def _gap(stream: Bytes, at: int) -> tuple[np.int64, int]:
+    """Return the gap at `at` and where its level is; a gap of -1 where the bytes end before."""
+    first = np.int64(stream[at])
+    size = 1 if first < 224 else (2 if first < 255 else 4)
+    if at + size >= stream.shape[0]:
+        return np.int64(-1), at
+    if size == 1:
+        return first, at + 1
+    if size == 2:
+        return 224 + ((first - 224) << 8) + np.int64(stream[at + 1]), at + 2
+    low = np.int64(stream[at + 1]) | (np.int64(stream[at + 2]) << 8)
+    return low | (np.int64(stream[at + 3]) << 16), at + 4
+
+
+@kernel()
 def _row(  # type: ignore[no-untyped-def]
     stream: Bytes,
     heads: Floats,
@@ -125,24 +140,11 @@ def _row(  # type: ignore[no-untyped-def]
     head = 0
     token = 0
     while True:
-        # the next kept token, or the end
-        stop = n_vocab
+        stop = n_vocab  # the next kept token, or the end
         if at < stream.shape[0]:
-            gap = np.int64(stream[at])
-            size = 1 if gap < 224 else (2 if gap < 255 else 4)
-            if at + size >= stream.shape[0]:
-                return 0.0, -1.0
-            if size == 2:
-                gap = 224 + ((gap - 224) << 8) + np.int64(stream[at + 1])
-            elif size == 4:
-                gap = (
-                    np.int64(stream[at + 1])
-                    | (np.int64(stream[at + 2]) << 8)
-                    | (np.int64(stream[at + 3]) << 16)
-                )
-            at += size
+            gap, at = _gap(stream, at)
             stop = token + gap
-            if stop >= n_vocab:
+            if gap < 0 or stop >= n_vocab:
                 return 0.0, -1.0
         for i in range(token, stop):
             log_q = np.float64(logits[i]) - log_sum

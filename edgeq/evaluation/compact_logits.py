@@ -5,7 +5,7 @@
     8 bytes "edgeqref", uint32 version, uint32 length of the JSON, JSON (n_ctx, n_vocab, n_chunks,
     vocabulary digest, model), int32 tokens[n_chunks * n_ctx], then blocks of consecutive rows:
     uint32 chunk, first row, number of rows; float32 cut; uint32 bytes of stream, number of heads,
-    CRC-32 of the rest; then the arrays of ``PackedRows`` in the order of ``_ARRAYS``
+    CRC-32 of this and what follows; the arrays of ``PackedRows``: ``_PER_ROW``, heads, stream
 
 All little-endian. What a row holds and what follows for the divergence: ``cpu_kernels``'
 ``reference_rows`` and ``reference_bounds``.
@@ -35,7 +35,8 @@ MAGIC = b"edgeqref"
 VERSION = 1
 MAX_FRACTION = 0.03
 _HEADER = struct.Struct("<8sII")
-_BLOCK = struct.Struct("<IIIfIII")
+_BLOCK = struct.Struct("<IIIfII")
+_CHECKSUM = struct.Struct("<I")
 _MAX_JSON = 1 << 16
 _PER_ROW = (
     ("n_bytes", "<i4", ()),
@@ -56,6 +57,7 @@ class _Block:
     cut: float
     stream_bytes: int
     heads: int
+    head: bytes
     checksum: int
     offset: int  # of the arrays
 
@@ -90,7 +92,7 @@ class CompactWriter:
         self._fraction = max_fraction
         self._n_vocab = model.n_vocab
         # what is not rows is charged in full to every block, so that the limit holds for any text
-        self._overhead = _HEADER.size + len(text) + 4 * n_ctx + _BLOCK.size
+        self._overhead = _HEADER.size + len(text) + 4 * n_ctx + _BLOCK.size + _CHECKSUM.size
         file.write(_HEADER.pack(MAGIC, VERSION, len(text)) + text)
         file.write(chunks.astype("<i4").tobytes())
 
@@ -115,9 +117,10 @@ class CompactWriter:
         arrays = [getattr(packed, name).astype(kind) for name, kind, _ in _PER_ROW]
         arrays += [packed.heads.astype("<f4"), packed.stream]
         payload = b"".join(array.tobytes() for array in arrays)
-        head = (segment.chunk, segment.first_row, n_rows, float(packed.cut))
-        sizes = (len(packed.stream), len(packed.heads), zlib.crc32(payload))
-        self._file.write(_BLOCK.pack(*head, *sizes) + payload)
+        where = (segment.chunk, segment.first_row, n_rows)
+        head = _BLOCK.pack(*where, float(packed.cut), len(packed.stream), len(packed.heads))
+        checksum = _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head)))
+        self._file.write(head + checksum + payload)
         return packed.nll.astype(np.float64)
 
 
@@ -189,9 +192,10 @@ class CompactReference:
         chunk = row = 0
         while chunk < self._about["n_chunks"]:
             head = self._file.read(_BLOCK.size)
-            if len(head) < _BLOCK.size:
+            checksum = self._file.read(_CHECKSUM.size)
+            if len(checksum) < _CHECKSUM.size:
                 raise self._damaged(f"it ends at row {row} of chunk {chunk}")
-            at_chunk, at_row, n_rows, cut, n_stream, n_heads, checksum = _BLOCK.unpack(head)
+            at_chunk, at_row, n_rows, cut, n_stream, n_heads = _BLOCK.unpack(head)
             offset = self._file.tell()
             end = offset + n_rows * _ROW_BYTES + 4 * n_heads + n_stream
             if (at_chunk, at_row) != (chunk, row) or not 0 < n_rows <= scored - row:
@@ -200,7 +204,8 @@ class CompactReference:
                 raise self._damaged(f"{self._size} bytes, expected at least {end}")
             if not -25.0 <= cut <= 0.0:
                 raise self._damaged(f"a cut at {cut}")
-            blocks[chunk, row] = _Block(n_rows, cut, n_stream, n_heads, checksum, offset)
+            (crc,) = _CHECKSUM.unpack(checksum)
+            blocks[chunk, row] = _Block(n_rows, cut, n_stream, n_heads, head, crc, offset)
             row += n_rows
             if row == scored:
                 chunk, row = chunk + 1, 0
@@ -216,7 +221,7 @@ class CompactReference:
             raise self._damaged(f"no block of {n_rows} rows at row {where[1]} of chunk {where[0]}")
         self._file.seek(block.offset)
         payload = self._file.read(n_rows * _ROW_BYTES + 4 * block.heads + block.stream_bytes)
-        if zlib.crc32(payload) != block.checksum:
+        if zlib.crc32(payload, zlib.crc32(block.head)) != block.checksum:
             raise self._damaged(f"the checksum of chunk {segment.chunk} is wrong")
         arrays: dict[str, Any] = {}
         at = 0
