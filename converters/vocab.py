@@ -262,11 +262,11 @@ def _sentencepiece_json(directory: Path, n_vocab: int | None, pre: str | None) -
     if model.get("type") != "BPE" or not model.get("byte_fallback") or decoder != "Sequence":
         return None
     settings = read_json(directory / "tokenizer_config.json") or {}
-    named = {
-        value.get("content") if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token")
-    }
+    listed = [value for key, value in settings.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = settings.get(key) or []
+        listed += extra.values() if isinstance(extra, dict) else extra
+    named = {value.get("content") if isinstance(value, dict) else value for value in listed}
     texts = {token: text for text, token in tokenizer.get_vocab(with_added_tokens=True).items()}
     n_base = tokenizer.get_vocab_size(with_added_tokens=False)
     n_vocab = max(texts) + 1 if n_vocab is None else n_vocab

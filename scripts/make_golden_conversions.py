@@ -2,12 +2,12 @@
 
     python scripts/make_golden_conversions.py path/to/llama.cpp [name ...]
 
-Writes tests/data/golden_conversions.json: for every tiny model the metadata (long lists as digests),
-the SHA-256 of every tensor's bytes in every type, and the type that ``auto`` chose. llama.cpp is imported in this process, with its
-own gguf-py; run the script apart from anything that imports the ``gguf`` package.
+Writes tests/data/golden_conversions.json: for every tiny model the metadata (long lists as
+digests), the SHA-256 of every tensor's bytes in every type, and the type that ``auto`` chose.
+llama.cpp is imported in this process, with its own gguf-py: the installed ``gguf`` package must not
+be imported before.
 """
 
-import hashlib
 import json
 import logging
 import sys
@@ -28,16 +28,17 @@ def main() -> None:
     sys.path += [str(ROOT), str(ROOT / "tests")]
     import conversion
     import gguf
+    import tiny_models
     import torch
     from conversion.base import TextModel
-
-    import tiny_models
 
     logging.disable(logging.INFO)
     if not str(Path(gguf.__file__)).startswith(str(llama_cpp)):
         raise SystemExit(f"gguf came from {gguf.__file__}, not from llama.cpp")
     golden: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for name in sys.argv[2:] or tiny_models.names():
+    patch_neox(conversion)
+    wanted = [name for name in tiny_models.names() if tiny_models.CASES[name].oracle]
+    for name in sys.argv[2:] or wanted:
         # the digest of a tokenizer trained here is not in llama.cpp's list
         pre = tiny_models.CASES[name].pre
         TextModel.get_vocab_base_pre = lambda self, tokenizer, pre=pre: pre
@@ -60,6 +61,19 @@ def main() -> None:
                     golden[name]["fields"] = fields
         OUT.write_text(json.dumps(golden, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         sys.stdout.write(f"{name}\n")
+
+
+def patch_neox(conversion: Any) -> None:
+    """Give GPT-NeoX its old rotary_pct back: transformers 5 moves it, and the script then stops."""
+    original = conversion.ModelBase.load_hparams
+
+    def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+        hparams: dict[str, Any] = original(directory, is_mistral_format)
+        if hparams.get("model_type") == "gpt_neox":
+            hparams["rotary_pct"] = hparams["rope_parameters"]["partial_rotary_factor"]
+        return hparams
+
+    conversion.ModelBase.load_hparams = staticmethod(load_hparams)
 
 
 def convert(conversion: Any, gguf: Any, directory: Path, out: Path, kind: str) -> None:

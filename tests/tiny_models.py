@@ -4,12 +4,16 @@ Weights come from numpy's frozen ``RandomState``, seeded by the tensor's name; v
 trained on the text below. ``build(name, directory)`` writes the files and returns the float model.
 """
 
+import copy
 import hashlib
 import json
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,7 @@ class Case:
     dtype: str = "F32"
     files: dict[str, Any] = field(default_factory=dict)
     max_shard_bytes: int | None = None
+    oracle: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,7 @@ class Tiny:
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    + _BLANKS
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _BLANKS
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -82,7 +85,35 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS
 )
-SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|pad|>")
+SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|endoftext|>")
+
+
+@cache
+def _merges(words: tuple[str, ...], n_merges: int) -> tuple[tuple[str, str], ...]:
+    counts = Counter(words)
+    split = {word: tuple(word) for word in counts}
+    merges = []
+    for _ in range(n_merges):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += counts[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, parts in split.items():
+            joined: list[str] = []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            split[word] = tuple(joined)
+    return tuple(merges)
+
+
+def train_merges(words: list[str], n_merges: int) -> list[tuple[str, str]]:
+    """Return byte-pair merges, ties broken by spelling; the tokenizers library varies."""
+    return list(_merges(tuple(words), n_merges))
 
 
 def byte_pairs(
@@ -100,10 +131,9 @@ def byte_pairs(
             normalizers,
             pre_tokenizers,
             processors,
-            trainers,
         )
 
-        tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+        tokenizer = Tokenizer(models.BPE())
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         if kind == "gpt-2":
@@ -116,14 +146,13 @@ def byte_pairs(
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
         if nfc:
             tokenizer.normalizer = normalizers.NFC()
+        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        merges = train_merges(words, N_VOCAB - 16 - len(alphabet))
+        pieces = dict.fromkeys([*alphabet, *("".join(pair) for pair in merges)])
+        vocabulary = {piece: token for token, piece in enumerate(pieces)}
+        tokenizer.model = models.BPE(vocabulary, merges, ignore_merges=ignore_merges)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=N_VOCAB - 16,
-            show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=[],
-        )
-        tokenizer.train_from_iterator([TEXT], trainer)
         tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
         tokenizer.add_tokens([AddedToken("<tag>", normalized=False)])
         if adds_bos:
@@ -163,7 +192,12 @@ def byte_pairs(
     return write
 
 
-def sentencepiece_model(directory: Path) -> dict[str, Any]:
+def gemma_sentencepiece_model(directory: Path) -> dict[str, Any]:
+    """Write a tokenizer.model that puts no space in front of a text."""
+    return sentencepiece_model(directory, add_dummy_prefix=False)
+
+
+def sentencepiece_model(directory: Path, *, add_dummy_prefix: bool = True) -> dict[str, Any]:
     """Write tokenizer.model, a SentencePiece BPE with byte fallback, as LLaMA and Gemma have."""
     import io
 
@@ -181,6 +215,7 @@ def sentencepiece_model(directory: Path) -> dict[str, Any]:
         normalization_rule_name="identity",
         character_coverage=0.98,
         allow_whitespace_only_pieces=True,
+        add_dummy_prefix=add_dummy_prefix,
         num_threads=1,
         minloglevel=2,
     )
@@ -217,11 +252,19 @@ def byte_fallback_json(directory: Path) -> dict[str, Any]:
         models,
         normalizers,
         processors,
-        trainers,
     )
 
     space = "\u2581"
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    ascii_text = " ".join(line for line in TEXT.splitlines() if line.isascii())
+    words = [space + word for word in ascii_text.split(" ") if word]
+    merges = train_merges(words, 150)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    characters = sorted(set("".join(words)))
+    pieces = dict.fromkeys([*special, *("".join(pair) for pair in merges), *characters])
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(space), normalizers.Replace(" ", space)]
     )
@@ -233,22 +276,7 @@ def byte_fallback_json(directory: Path) -> dict[str, Any]:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=N_VOCAB - 16,
-        show_progress=False,
-        special_tokens=specials,
-        limit_alphabet=90,
-        max_token_length=8,
-    )
-    lines = [line for line in TEXT.splitlines() if line.isascii()]
-    tokenizer.train_from_iterator(lines, trainer)
-    specification = json.loads(tokenizer.to_str())
-    keep = ("<unk>", "<s>", "</s>")
-    specification["added_tokens"] = [
-        token for token in specification["added_tokens"] if token["content"] in keep
-    ]
-    tokenizer = Tokenizer.from_str(json.dumps(specification))
+    tokenizer.add_special_tokens(special[:3])
     tokenizer.add_special_tokens([AddedToken("<|user|>", normalized=False, special=True)])
     tokenizer.add_tokens([AddedToken("<tag>", normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -262,7 +290,7 @@ def byte_fallback_json(directory: Path) -> dict[str, Any]:
             "bos_token": "<s>",
             "eos_token": "</s>",
             "unk_token": "<unk>",
-            "additional_special_tokens": ["<|user|>"],
+            "extra_special_tokens": ["<|user|>"],
         },
     )
     return {
@@ -337,6 +365,156 @@ CASES: dict[str, Case] = {
         pre="smollm",
         dtype="BF16",
     ),
+    "smollm3": Case(
+        "SmolLM3Config",
+        {**_SMALL, "num_hidden_layers": 4, "rope_parameters": {"rope_theta": 2000000.0}},
+        byte_pairs(LLAMA3, ignore_merges=True),
+        pre="llama-bpe",
+        dtype="BF16",
+    ),
+    "mistral": Case(
+        "MistralConfig",
+        {**_SMALL, "head_dim": 32, "sliding_window": 4096}
+        | {"rope_parameters": {"rope_theta": 1000000.0}},
+        byte_pairs(TEKKEN, ignore_merges=True, adds_bos=True),
+        pre="tekken",
+        dtype="F16",
+    ),
+    "mistral-spm-json": Case(
+        "MistralConfig",
+        {**_SMALL, "rope_parameters": {"rope_theta": 10000.0}},
+        byte_fallback_json,
+        dtype="BF16",
+    ),
+    "mixtral": Case(
+        "MixtralConfig",
+        {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+        sentencepiece_model,
+        dtype="BF16",
+    ),
+    "qwen2": Case(
+        "Qwen2Config",
+        {**_SMALL, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000000.0}},
+        byte_pairs(QWEN2, nfc=True),
+        pre="qwen2",
+        dtype="BF16",
+        files=_GENERATION,
+    ),
+    "qwen3": Case(
+        "Qwen3Config",
+        {
+            **_SMALL,
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        byte_pairs(QWEN2, nfc=True),
+        pre="qwen2",
+        dtype="BF16",
+    ),
+    "qwen3moe": Case(
+        "Qwen3MoeConfig",
+        {
+            **_SMALL,
+            "head_dim": 16,
+            "moe_intermediate_size": 48,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+        byte_pairs(QWEN2, nfc=True),
+        pre="qwen2",
+        dtype="BF16",
+        max_shard_bytes=200_000,
+    ),
+    "gemma2": Case(
+        "Gemma2Config",
+        {**_SMALL, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
+        gemma_sentencepiece_model,
+        dtype="BF16",
+    ),
+    "gemma3": Case(
+        "Gemma3TextConfig",
+        {
+            **_SMALL,
+            "num_hidden_layers": 6,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 64,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "linear",
+                    "rope_theta": 1000000.0,
+                    "factor": 8.0,
+                },
+            },
+        },
+        gemma_sentencepiece_model,
+        dtype="BF16",
+    ),
+    # llama.cpp gives tokens of models named phi3 attributes of their own
+    "phi-longrope": Case(
+        "Phi3Config",
+        {
+            **_SMALL,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + i / 8 for i in range(8)],
+                "long_factor": [1.0 + i for i in range(8)],
+            },
+        },
+        sentencepiece_model,
+        dtype="BF16",
+    ),
+    "gpt2": Case(
+        "GPT2Config",
+        {"vocab_size": N_VOCAB, "n_positions": 512, "n_ctx": 512}
+        | {"n_embd": 64, "n_layer": 2, "n_head": 4},
+        byte_pairs("gpt-2"),
+        pre="gpt-2",
+    ),
+    "gptneox": Case(
+        "GPTNeoXConfig",
+        {key: _SMALL[key] for key in _SMALL if key != "num_key_value_heads"}
+        | {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        byte_pairs("gpt-2", nfc=True),
+        pre="olmo",
+        dtype="F16",
+    ),
+    "olmo2": Case(
+        "Olmo2Config",
+        {**_SMALL, "rope_parameters": {"rope_theta": 500000.0}},
+        byte_pairs(LLAMA3),
+        pre="dbrx",
+    ),
+    "stablelm": Case(
+        "StableLmConfig",
+        {**_SMALL, "use_qkv_bias": True},
+        byte_pairs(QWEN2),
+        pre="qwen2",
+        dtype="F16",
+    ),
+    "stablelm-head-norms": Case(
+        "StableLmConfig",
+        {**_SMALL, "qk_layernorm": True},
+        byte_pairs(QWEN2),
+        pre="qwen2",
+        oracle=False,  # the script loses these norms and then refuses its own result
+    ),
+    "stablelm-parallel": Case(
+        "StableLmConfig",
+        {**_SMALL, "use_parallel_residual": True}
+        | {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        byte_pairs(QWEN2),
+        pre="qwen2",
+    ),
 }
 
 
@@ -364,12 +542,10 @@ def build(name: str, parent: Path) -> Tiny:
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(weights(key, tuple(parameter.shape))))
-    model = model.to(kinds[case.dtype])
-    if case.max_shard_bytes:
-        model.save_pretrained(directory, max_shard_size=case.max_shard_bytes)
-    else:
-        model.save_pretrained(directory)
+            values = torch.from_numpy(weights(key, tuple(parameter.shape)))
+            parameter.copy_(values.to(kinds[case.dtype]))
+    stored = copy.deepcopy(model).to(kinds[case.dtype])  # would round the rope frequencies as well
+    stored.save_pretrained(directory, max_shard_size=case.max_shard_bytes or "5GB")
     for file, content in case.files.items():
         if isinstance(content, str):
             (directory / file).write_text(content, "utf-8")
@@ -377,7 +553,7 @@ def build(name: str, parent: Path) -> Tiny:
             _write_json(directory / file, content)
     if "generation_config.json" not in case.files:
         (directory / "generation_config.json").unlink(missing_ok=True)
-    return Tiny(directory, model.float().eval())
+    return Tiny(directory, model.eval())
 
 
 def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -449,8 +625,5 @@ def sentencepiece_tokens(directory: Path, text: str) -> list[int]:
     pattern = "(" + "|".join(re.escape(content) for content in added) + ")"
     tokens = [model.bos_id()] if settings["add_bos_token"] else []
     for part in re.split(pattern, text):
-        if part in added:
-            tokens.append(added[part])
-        elif part:
-            tokens += model.encode(part)
+        tokens += [added[part]] if part in added else model.encode(part)
     return tokens

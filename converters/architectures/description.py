@@ -111,7 +111,8 @@ class Fold:
         value projection into columns of the output projection, one scale per channel of a
         key/value head, shared by its query heads; ``up``: rows of the up projection into columns
         of the down projection
-    source, consumers : GGUF names
+    source, consumers : GGUF names. A fold with a tensor that the file does not have does not apply:
+        so with the head of a model whose output is tied to its embedding
     rows : which rows of `source`: all of them, the value part of a fused query/key/value matrix,
         or the second half of a fused gate/up matrix
     refused : why the fold would change the function; None if it is legal
@@ -143,7 +144,8 @@ class Architecture:
     aliases : other configuration keys of the same meaning, old to new
     defaults : what transformers assumes for an absent key; a function of the configuration also
         replaces null
-    assumed : configuration keys whose value llama.cpp takes for granted, with what it computes
+    assumed : configuration keys whose value llama.cpp takes for granted, with the values that mean
+        what it computes, or a function of the configuration to these
     rope_theta, rope_theta_sliding, partial_rotary_factor : transformers' defaults
     rope_types : kinds of position scaling that reach the GGUF
     vocabularies : kinds of vocabulary, tried in this order, see ``converters.vocab``
@@ -166,7 +168,9 @@ class Architecture:
     unquantized: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    assumed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    assumed: Mapping[str, tuple[Any, ...] | Callable[[Config], tuple[Any, ...]]] = field(
+        default_factory=dict
+    )
     rope_theta: float = 10000.0
     rope_theta_sliding: float | None = None
     partial_rotary_factor: float | None = None
@@ -232,6 +236,25 @@ PERMUTED_ROPE = (
     Rule(r".*k_proj\.(weight|bias)", (Output(arrange=PERMUTE_KEY),)),
 )
 
+# gate and up projections of all experts in one tensor, as transformers 5 holds them
+EXPERT_RULES = (
+    Rule(
+        r"(?P<layer>.*)\.mlp\.experts\.gate_up_proj(\.weight)?",
+        (
+            Output("{layer}.mlp.experts.gate_proj.weight", FIRST_HALF),
+            Output("{layer}.mlp.experts.up_proj.weight", SECOND_HALF),
+        ),
+    ),
+    Rule(
+        r"(?P<layer>.*)\.mlp\.experts\.down_proj(\.weight)?",
+        (Output("{layer}.mlp.experts.down_proj.weight"),),
+    ),
+    Rule(
+        r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<part>\w+)\.weight",
+        (Output("{layer}.{part}.weight", stack_size="num_local_experts"),),
+    ),
+)
+
 # Pieces that several families share.
 QKV = ("blk.{bid}.attn_q", "blk.{bid}.attn_k", "blk.{bid}.attn_v")
 GATE_UP = ("blk.{bid}.ffn_gate", "blk.{bid}.ffn_up")
@@ -242,6 +265,8 @@ HEAD = InputGroup("output_norm", ("output",))
 HEAD_FOLD = Fold("norm", "output_norm", ("output",))
 VALUE_FOLD = Fold("value", "blk.{bid}.attn_v", ("blk.{bid}.attn_output",))
 UP_FOLD = Fold("up", "blk.{bid}.ffn_up", ("blk.{bid}.ffn_down",))
+
+QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
 
 DENSE_GROUPS = (
     InputGroup("blk.{bid}.attn_norm", QKV),

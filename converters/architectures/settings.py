@@ -38,7 +38,8 @@ def settings(config: Config, architecture: Architecture) -> dict[str, Any]:
         else:
             flat.setdefault(key, default)
     flat["rope"] = _rope(flat, architecture)
-    for key, allowed in architecture.assumed.items():
+    for key, values in architecture.assumed.items():
+        allowed = values(_checked(flat)) if callable(values) else values
         if key in flat and flat[key] not in allowed:
             expected = " or ".join(repr(value) for value in allowed)
             raise ConversionError(
