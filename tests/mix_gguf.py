@@ -16,22 +16,29 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def fields(
-    n_layers: int, n_in: int, n_ff: int, n_head: int, n_head_kv: int, n_experts: int = 0
+    n_layers: int,
+    n_in: int,
+    n_ff: int,
+    n_head: int,
+    n_head_kv: int,
+    n_experts: int = 0,
+    architecture: str = "llama",
 ) -> dict[str, Field]:
     values = {
-        "general.architecture": Field("llama", TEXT),
-        "llama.context_length": Field(256, UINT),
-        "llama.embedding_length": Field(n_in, UINT),
-        "llama.block_count": Field(n_layers, UINT),
-        "llama.feed_forward_length": Field(n_ff, UINT),
-        "llama.attention.head_count": Field(n_head, UINT),
-        "llama.attention.head_count_kv": Field(n_head_kv, UINT),
-        "llama.attention.layer_norm_rms_epsilon": Field(1e-5, FLOAT),
-        "llama.vocab_size": Field(24, UINT),
+        "general.architecture": Field(architecture, TEXT),
+        f"{architecture}.context_length": Field(256, UINT),
+        f"{architecture}.embedding_length": Field(n_in, UINT),
+        f"{architecture}.block_count": Field(n_layers, UINT),
+        f"{architecture}.feed_forward_length": Field(n_ff, UINT),
+        f"{architecture}.attention.head_count": Field(n_head, UINT),
+        f"{architecture}.attention.head_count_kv": Field(n_head_kv, UINT),
+        f"{architecture}.attention.layer_norm_rms_epsilon": Field(1e-5, FLOAT),
+        f"{architecture}.vocab_size": Field(24, UINT),
+        f"{architecture}.attention.sliding_window": Field(64, UINT),
     }
     if n_experts:
-        values["llama.expert_count"] = Field(n_experts, UINT)
-        values["llama.expert_used_count"] = Field(2, UINT)
+        values[f"{architecture}.expert_count"] = Field(n_experts, UINT)
+        values[f"{architecture}.expert_used_count"] = Field(2, UINT)
     return values
 
 

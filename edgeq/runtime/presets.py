@@ -184,7 +184,7 @@ def choose_types(
     RecipeError
         Unknown preset, or an option's type that ggml cannot encode or that the rows do not fit.
     RuntimeLibraryError
-        llama.cpp has no type for the rows of a tensor, cannot read the file, or logs in another form than the pinned version.
+        llama.cpp has no type for some rows, cannot read the file, or logs in another form.
     """
     file = open_gguf(path)
     imatrix = {"-": np.ones((1, 1), np.float32)} if has_imatrix else None
