@@ -1,36 +1,29 @@
-"""Hugging Face checkpoint to GGUF: names, metadata and the stream of tensors.
-
-Memory holds one output tensor and a slice of its source: a checkpoint larger than memory converts.
+"""Hugging Face checkpoint to GGUF: which tensors there are, and the metadata.
 
 References
 ----------
-llama.cpp 0c1e57098, conversion/base.py: ModelBase.prepare_tensors for which tensors keep float32,
-ModelBase.__init__ for what ``auto`` means, ModelBase.prepare_metadata for ``general.*``.
+llama.cpp 0c1e57098, conversion/base.py: ModelBase.__init__ for what ``auto`` means,
+ModelBase.prepare_metadata for ``general.*``.
 """
 
-import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType as QType
 from gguf import GGUFValueType, LlamaFileType
 
 from converters.architectures import architecture_of
-from converters.architectures.description import Architecture, Array, Config, Output, Shape
+from converters.architectures.description import Architecture, Config, Output
 from converters.architectures.settings import settings
 from converters.checkpoint import Checkpoint
 from converters.errors import ConversionError
-from converters.gguf_file import Field, TensorSource, write_gguf
+from converters.gguf_file import Field, write_gguf
 from converters.vocab import read_vocabulary
-
-_LOG = logging.getLogger(__name__)
+from converters.weights import Piece, Target, tensor_source
 
 FILE_TYPES: dict[str, tuple[LlamaFileType, QType]] = {
     "f32": (LlamaFileType.ALL_F32, QType.F32),
@@ -38,31 +31,8 @@ FILE_TYPES: dict[str, tuple[LlamaFileType, QType]] = {
     "bf16": (LlamaFileType.MOSTLY_BF16, QType.BF16),
     "q8_0": (LlamaFileType.MOSTLY_Q8_0, QType.Q8_0),
 }
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_SLICE_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time
 # never in a GGUF: buffers that old checkpoints saved
 _BUFFERS = (r".*\.attention\.(masked_)?bias", r".*\.rotary_emb\.inv_freq")
-# always float32, as llama.cpp's operators take them
-_ALWAYS_F32 = re.compile(r".*_norm\.weight|.*\.ffn_gate_inp\.weight|position_embd\.weight|.*\.bias")
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One checkpoint tensor's part in a GGUF tensor."""
-
-    source: str
-    output: Output
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One GGUF tensor and where it comes from."""
-
-    name: str
-    shape: Shape
-    pieces: tuple[_Piece, ...] = ()
-    values: Array | None = None
 
 
 def convert(
@@ -109,7 +79,7 @@ def convert(
     file_type, qtype = FILE_TYPES[_guess_type(checkpoint) if ftype == "auto" else ftype]
     targets = _targets(checkpoint, architecture, config)
     fields = _fields(checkpoint, architecture, config, targets, file_type, pre)
-    sources = [_source(checkpoint, config, target, qtype) for target in targets]
+    sources = [tensor_source(checkpoint, config, target, qtype) for target in targets]
     return write_gguf(out, fields, sources, split_max_bytes=split_max_bytes, progress=progress)
 
 
@@ -134,7 +104,7 @@ def _guess_type(checkpoint: Checkpoint) -> str:
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config) -> list[_Target]:
+def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config) -> list[Target]:
     """Return every tensor of the GGUF; refuse what is missing or has no place."""
     n_layers = config.get("num_hidden_layers") or config.get("n_layer")
     if not isinstance(n_layers, int) or n_layers < 1:
@@ -143,7 +113,7 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config)
             "positive integer."
         )
     names = gguf.get_tensor_name_map(architecture.model_arch, n_layers)
-    pieces: dict[str, list[_Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for source in checkpoint.tensors:
         plain = _text_name(source)
         skipped = (*_BUFFERS, *architecture.skipped)
@@ -165,7 +135,7 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config)
     for entry in architecture.generated:
         values = entry.values(config)
         if values is not None:
-            targets.append(_Target(entry.name, values.shape, values=values))
+            targets.append(Target(entry.name, values.shape, values=values))
     return targets + [
         _assemble(checkpoint, config, name, members) for name, members in pieces.items()
     ]
@@ -176,7 +146,7 @@ def _text_name(name: str) -> str:
     return name.replace("language_model.model.", "model.").replace("language_model.", "")
 
 
-def _pieces(source: str, plain: str, architecture: Architecture) -> list[tuple[str, _Piece]]:
+def _pieces(source: str, plain: str, architecture: Architecture) -> list[tuple[str, Piece]]:
     for rule in architecture.rules:
         match = re.fullmatch(rule.pattern, plain)
         if match is None:
@@ -186,11 +156,11 @@ def _pieces(source: str, plain: str, architecture: Architecture) -> list[tuple[s
         return [
             (
                 plain if output.name is None else output.name.format(**groups),
-                _Piece(source, output, None if index is None else int(index)),
+                Piece(source, output, None if index is None else int(index)),
             )
             for output in rule.outputs
         ]
-    return [(plain, _Piece(source, Output()))]
+    return [(plain, Piece(source, Output()))]
 
 
 def _check_complete(
@@ -219,8 +189,8 @@ def _check_complete(
 
 
 def _assemble(
-    checkpoint: Checkpoint, config: Config, name: str, members: Sequence[_Piece]
-) -> _Target:
+    checkpoint: Checkpoint, config: Config, name: str, members: Sequence[Piece]
+) -> Target:
     shapes = set()
     for piece in members:
         shape = checkpoint.tensors[piece.source].shape
@@ -234,7 +204,7 @@ def _assemble(
     if stack is None:
         if len(members) != 1:
             raise ConversionError(f"{sources}: {len(members)} tensors for the one {name}.")
-        return _Target(name, shape, tuple(members))
+        return Target(name, shape, tuple(members))
     members = sorted(members, key=lambda piece: piece.index or 0)
     if [piece.index for piece in members] != list(range(config[stack])):
         missing = set(range(config[stack])) - {piece.index for piece in members}
@@ -243,7 +213,7 @@ def _assemble(
             f"missing number {', '.join(map(str, sorted(missing))) or 'none'}, got "
             f"{len(members)}, the first is {members[0].source}. Download the checkpoint again."
         )
-    return _Target(name, (len(members), *shape), tuple(members))
+    return Target(name, (len(members), *shape), tuple(members))
 
 
 # --- metadata ------------------------------------------------------------------------------------
@@ -253,7 +223,7 @@ def _fields(
     checkpoint: Checkpoint,
     architecture: Architecture,
     config: Config,
-    targets: Sequence[_Target],
+    targets: Sequence[Target],
     file_type: LlamaFileType,
     pre: str | None,
 ) -> dict[str, Field]:
@@ -296,7 +266,7 @@ def _fields(
 
 
 def _general_fields(
-    checkpoint: Checkpoint, architecture: Architecture, targets: Sequence[_Target]
+    checkpoint: Checkpoint, architecture: Architecture, targets: Sequence[Target]
 ) -> dict[str, Field]:
     """Return ``general.*`` from the model card, the configuration and the directory's name."""
     total = sum(math.prod(target.shape) for target in targets)
@@ -321,90 +291,3 @@ def _general_fields(
             items = GGUFValueType.get_type(value.value[0])
         fields[key] = Field(value.value, value.type, items)
     return fields
-
-
-# --- tensors -------------------------------------------------------------------------------------
-
-
-def _source(checkpoint: Checkpoint, config: Config, target: _Target, qtype: QType) -> TensorSource:
-    if len(target.shape) <= 1 or _ALWAYS_F32.fullmatch(target.name):
-        qtype = QType.F32
-    elif qtype == QType.Q8_0 and target.shape[-1] % 32:
-        _LOG.warning(
-            "%s: rows of %d do not divide into Q8_0 blocks of 32; stored as F16",
-            target.name,
-            target.shape[-1],
-        )
-        qtype = QType.F16
-
-    def load() -> npt.NDArray[Any]:
-        return _load(checkpoint, config, target, qtype)
-
-    return TensorSource(target.name, qtype, target.shape, load)
-
-
-def _load(
-    checkpoint: Checkpoint, config: Config, target: _Target, qtype: QType
-) -> npt.NDArray[Any]:
-    if target.values is not None:
-        return target.values
-    n_in = target.shape[-1]
-    n_rows = math.prod(target.shape[:-1])
-    out: npt.NDArray[Any]
-    if qtype in (QType.F32, QType.F16):
-        out = np.empty((n_rows, n_in), np.float32 if qtype == QType.F32 else np.float16)
-    else:
-        block_size, type_size = gguf.GGML_QUANT_SIZES[qtype]
-        out = np.empty((n_rows, n_in // block_size * type_size), np.uint8)
-    rows_each = n_rows // len(target.pieces)
-    for number, piece in enumerate(target.pieces):
-        raw, dtype = checkpoint.raw(piece.source)
-        if dtype not in _FLOATS:
-            raise ConversionError(
-                f"{piece.source}: stored as {dtype}, expected {', '.join(sorted(_FLOATS))}. Use "
-                "the unquantized checkpoint."
-            )
-        arrange = piece.output.arrange
-        raw = raw if arrange is None else arrange.apply(raw, config)
-        rows = raw.reshape(-1, n_in)
-        part = out[number * rows_each : (number + 1) * rows_each]
-        _encode_rows(rows, dtype, piece, qtype, part)
-    return out.reshape(*target.shape[:-1], out.shape[-1]) if target.shape else out.reshape(())
-
-
-def _encode_rows(
-    rows: Array, dtype: str, piece: _Piece, qtype: QType, out: npt.NDArray[Any]
-) -> None:
-    """Write `rows` into `out` in its type, a slice at a time."""
-    step = max(1, _SLICE_ELEMENTS // max(1, rows.shape[-1]))
-    for start in range(0, len(rows), step):
-        values = _float32(rows[start : start + step], dtype)
-        if not np.isfinite(values).all():
-            bad = values[~np.isfinite(values)]
-            raise ConversionError(
-                f"{piece.source}: {bad.size} weights are not finite (the first is {bad[0]}). The "
-                "checkpoint is damaged, or its training diverged."
-            )
-        if piece.output.offset:
-            values = values + np.float32(piece.output.offset)
-        part = out[start : start + step]
-        if qtype == QType.F32:
-            part[...] = values
-        elif qtype == QType.F16:
-            with np.errstate(over="ignore"):
-                part[...] = values
-            if not np.isfinite(part).all():
-                raise ConversionError(
-                    f"{piece.source}: {np.abs(values).max():g} does not fit into F16 (at most "
-                    "65504). Convert to bf16 or f32."
-                )
-        else:
-            part[...] = gguf.quants.quantize(values, qtype)
-
-
-def _float32(rows: Array, dtype: str) -> npt.NDArray[np.float32]:
-    """Return a slice of native data as C-ordered float32; bfloat16 comes as uint16."""
-    if dtype == "BF16":
-        return (np.ascontiguousarray(rows).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(rows, np.float32)

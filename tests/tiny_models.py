@@ -585,15 +585,12 @@ def describe_fields(path: Path) -> dict[str, Any]:
     return described
 
 
-def digest_tensors(path: Path) -> dict[str, list[Any]]:
-    """Return every tensor of a GGUF: name to [type, shape, SHA-256 of its bytes]."""
+def digest_tensors(path: Path) -> dict[str, str]:
+    """Return every tensor of a GGUF: name to type, shape and SHA-256 of its bytes."""
     model = open_gguf(path)
     return {
-        name: [
-            tensor.qtype.name,
-            list(tensor.shape),
-            hashlib.sha256(np.ascontiguousarray(model.read_bytes(name))).hexdigest(),
-        ]
+        name: f"{tensor.qtype.name} {'x'.join(map(str, tensor.shape))} "
+        f"{hashlib.sha256(np.ascontiguousarray(model.read_bytes(name))).hexdigest()}"
         for name, tensor in sorted(model.tensors.items())
     }
 

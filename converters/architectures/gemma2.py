@@ -1,5 +1,8 @@
 """Gemma 2: norms before and after, capped logits, every other layer with a sliding window."""
 
+from collections.abc import Callable
+from typing import Any
+
 import gguf
 
 from converters.architectures.description import (
@@ -14,6 +17,7 @@ from converters.architectures.description import (
     Config,
     Fold,
     InputGroup,
+    Key,
     Output,
     Rule,
 )
@@ -24,9 +28,10 @@ from converters.architectures.settings import (
     RMS_EPSILON,
     SIZES,
     U32,
-    Key,
     theta_unless_default,
 )
+
+Expected = Callable[[Config], tuple[Any, ...]]
 
 # transformers multiplies by 1 + weight, ggml by the weight
 NORM_OFFSET = Rule(r".*norm\.weight", (Output(offset=1.0),))
@@ -52,10 +57,10 @@ FOLDS = (
 )
 
 
-def alternating(period: int) -> object:
+def alternating(period: int) -> Expected:
     """Return what llama.cpp takes for the kinds of layers: each `period`-th looks at everything."""
 
-    def expected(config: Config) -> tuple[list[str] | None, ...]:
+    def expected(config: Config) -> tuple[Any, ...]:
         layers = range(1, config["num_hidden_layers"] + 1)
         kinds = ["sliding_attention" if layer % period else "full_attention" for layer in layers]
         return (kinds, None)
@@ -63,10 +68,10 @@ def alternating(period: int) -> object:
     return expected
 
 
-def query_scale(large: int) -> object:
+def query_scale(large: int) -> Expected:
     """Return what llama.cpp divides queries by, squared: it knows the 27B by `large` layers."""
 
-    def expected(config: Config) -> tuple[int, ...]:
+    def expected(config: Config) -> tuple[Any, ...]:
         if config["num_hidden_layers"] == large:
             return (config["hidden_size"] // config["num_attention_heads"],)
         return (config["head_dim"],)

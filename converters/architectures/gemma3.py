@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import gguf
 
-from converters.architectures.description import HEAD, HEAD_FOLD
+from converters.architectures.description import HEAD, HEAD_FOLD, Key
 from converters.architectures.gemma2 import ARCHITECTURE as GEMMA2
 from converters.architectures.gemma2 import FOLDS, GROUPS, REQUIRED, alternating, query_scale
-from converters.architectures.settings import DECODER, F32, U32, Key
+from converters.architectures.settings import DECODER, F32, U32
 
 ARCHITECTURE = replace(
     GEMMA2,

@@ -11,10 +11,11 @@ from converters.architectures.description import (
     Architecture,
     Fold,
     InputGroup,
+    Key,
     Output,
     Rule,
 )
-from converters.architectures.settings import F32, LAYER_NORM_EPSILON, SIZES, Key
+from converters.architectures.settings import F32, LAYER_NORM_EPSILON, SIZES
 
 FUSED_GROUPS = (
     InputGroup("blk.{bid}.attn_norm", ("blk.{bid}.attn_qkv",)),

@@ -3,14 +3,13 @@
 import gguf
 from gguf import GGUFValueType
 
-from converters.architectures.description import SEPARATE_QKV, Architecture, Output, Rule
+from converters.architectures.description import SEPARATE_QKV, Architecture, Key, Output, Rule
 from converters.architectures.gpt2 import BIASES, FUSED_FOLDS, FUSED_GROUPS, FUSED_REQUIRED
 from converters.architectures.settings import (
     F32,
     LAYER_NORM_EPSILON,
     SIZES,
     U32,
-    Key,
     rotated,
     theta_unless_default,
 )

@@ -16,16 +16,9 @@ from converters.architectures.description import (
     Fold,
     Generated,
     InputGroup,
-)
-from converters.architectures.settings import (
-    F32,
-    HEAD_COUNT_KV,
-    RMS_EPSILON,
-    SIZES,
-    U32,
     Key,
-    rope,
 )
+from converters.architectures.settings import F32, HEAD_COUNT_KV, RMS_EPSILON, SIZES, U32, rope
 from converters.errors import ConversionError
 
 

@@ -8,8 +8,9 @@ from converters.architectures.description import (
     EXPERT_REQUIRED,
     EXPERT_RULES,
     Architecture,
+    Key,
 )
-from converters.architectures.settings import DECODER, EXPERT_COUNTS, U32, Key
+from converters.architectures.settings import DECODER, EXPERT_COUNTS, U32
 
 ARCHITECTURE = Architecture(
     model_arch=gguf.MODEL_ARCH.QWEN3MOE,

@@ -34,12 +34,12 @@ def settings(config: Config, architecture: Architecture) -> dict[str, Any]:
     for key, default in architecture.defaults.items():
         if callable(default):
             if flat.get(key) is None:
-                flat[key] = default(_checked(flat))
+                flat[key] = default(_Complete(flat))
         else:
             flat.setdefault(key, default)
     flat["rope"] = _rope(flat, architecture)
     for key, values in architecture.assumed.items():
-        allowed = values(_checked(flat)) if callable(values) else values
+        allowed = values(_Complete(flat)) if callable(values) else values
         if key in flat and flat[key] not in allowed:
             expected = " or ".join(repr(value) for value in allowed)
             raise ConversionError(
@@ -49,9 +49,14 @@ def settings(config: Config, architecture: Architecture) -> dict[str, Any]:
     return flat
 
 
-class _checked(dict[str, Any]):  # noqa: N801  # reads like a function where it is used
-    def __missing__(self, key: str) -> Any:
-        raise ConversionError(f"config.json: {key} is missing; the model cannot be described.")
+class _Complete(dict[str, Any]):
+    """A configuration whose absent and null entries are refused when they are asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ConversionError(f"config.json: {key} is missing; the model cannot be described.")
+        return value
 
 
 def _rope(config: Config, architecture: Architecture) -> dict[str, dict[str, Any]]:

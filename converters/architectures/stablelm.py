@@ -11,6 +11,7 @@ from converters.architectures.description import (
     DENSE_REQUIRED,
     QKV_BIASES,
     Architecture,
+    Key,
     Output,
     Rule,
 )
@@ -20,7 +21,6 @@ from converters.architectures.settings import (
     LAYER_NORM_EPSILON,
     SIZES,
     U32,
-    Key,
     rotated,
     theta_unless_default,
 )
