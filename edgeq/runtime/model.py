@@ -29,6 +29,9 @@ class Model:
     path : GGUF file; of a split model the first part
     n_ctx : tokens of one sequence
     n_seq : sequences that one batch may hold; the batch is ``n_ctx * n_seq`` tokens
+    kv_unified : with several sequences, keep their keys and values in one buffer, as
+        llama-perplexity does. Apart they are faster where each sequence adds one token a batch: a
+        token then attends to its own sequence, not to a masked buffer of all.
     n_ubatch : tokens that one graph computes (llama.cpp's default, 512)
     n_threads : default: every CPU of this process
     cb_eval : sees the inputs of every weight product; ``decode`` raises what it raised
@@ -51,6 +54,7 @@ class Model:
         *,
         n_ctx: int = 512,
         n_seq: int = 1,
+        kv_unified: bool = True,
         n_ubatch: int = 512,
         n_threads: int | None = None,
         cb_eval: Observer | None = None,
@@ -82,6 +86,7 @@ class Model:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_ctx = n_ctx
         self.n_seq = n_seq
+        self._kv_unified = kv_unified and n_seq > 1
         self._exact_attention = exact_attention
         if not vocab_only:
             self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
@@ -92,7 +97,7 @@ class Model:
         params.n_ctx = params.n_batch = self.n_ctx * self.n_seq
         params.n_ubatch = min(n_ubatch, self.n_ctx * self.n_seq)
         params.n_seq_max = self.n_seq
-        params.kv_unified = self.n_seq > 1  # as llama-perplexity; one buffer for all sequences
+        params.kv_unified = self._kv_unified
         params.n_threads = params.n_threads_batch = n_threads
         params.no_perf = True
         if self._exact_attention:
@@ -129,6 +134,14 @@ class Model:
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained with."""
         return int(self._llama.llama_model_n_ctx_train(self._model))
+
+    def plain_tokens(self) -> Tokens:
+        """Return the tokens that stand for text: no control, unused, user-made or byte tokens."""
+        llama = self._llama
+        attributes = np.array(
+            [llama.llama_vocab_get_attr(self._vocab, token) for token in range(self.n_vocab)]
+        )
+        return np.flatnonzero(attributes & llama.LLAMA_TOKEN_ATTR_NORMAL).astype(np.int32)
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends a generation."""
