@@ -23,7 +23,7 @@ from converters.checkpoint import Checkpoint
 from converters.errors import ConversionError
 from converters.gguf_file import Field, write_gguf
 from converters.vocab import read_vocabulary
-from converters.weights import Piece, Target, tensor_source
+from converters.weights import Piece, Target, output_shape, tensor_source
 
 FILE_TYPES: dict[str, tuple[LlamaFileType, QType]] = {
     "f32": (LlamaFileType.ALL_F32, QType.F32),
@@ -193,9 +193,7 @@ def _assemble(
 ) -> Target:
     shapes = set()
     for piece in members:
-        shape = checkpoint.tensors[piece.source].shape
-        arrange = piece.output.arrange
-        shapes.add(shape if arrange is None else arrange.shape(shape, config))
+        shapes.add(output_shape(piece, checkpoint.tensors[piece.source].shape, config))
     sources = ", ".join(piece.source for piece in members[:3])
     if len(shapes) != 1:
         raise ConversionError(f"{sources}: shapes differ, {sorted(shapes)}, in one tensor {name}.")
@@ -247,7 +245,8 @@ def _fields(
                 f"{architecture.name} needs it."
             )
         if value is not None:
-            fields[key.name.format(arch=architecture.name)] = Field(value, key.type, key.item_type)
+            name = key.name.format(arch=architecture.name)
+            fields[name] = Field(_checked(checkpoint, name, value, key.type), key.type)
     vocabulary = read_vocabulary(
         checkpoint.directory,
         checkpoint.config,
@@ -263,6 +262,27 @@ def _fields(
             "tokenizer or config.json belongs to another model."
         )
     return fields | vocabulary.fields()
+
+
+def _checked(checkpoint: Checkpoint, name: str, value: Any, kind: GGUFValueType) -> Any:
+    """Return a value of the configuration; refuse it if it is not of the key's type."""
+    accepted: dict[GGUFValueType, tuple[tuple[type, ...], str]] = {
+        GGUFValueType.UINT32: ((int,), "an integer from 0 to 4294967295"),
+        GGUFValueType.FLOAT32: ((int, float), "a finite number"),
+        GGUFValueType.BOOL: ((bool,), "true or false"),
+        GGUFValueType.STRING: ((str,), "a string"),
+    }
+    types, wanted = accepted[kind]
+    fits = type(value) in types
+    if fits and kind == GGUFValueType.UINT32:
+        fits = 0 <= value < 2**32
+    if fits and kind == GGUFValueType.FLOAT32:
+        fits = math.isfinite(value)
+    if not fits:
+        raise ConversionError(
+            f"{checkpoint.directory}/config.json: {name} would be {value!r}; expected {wanted}."
+        )
+    return value
 
 
 def _general_fields(

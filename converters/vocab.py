@@ -102,9 +102,16 @@ def read_vocabulary(
         "sentencepiece-json": _sentencepiece_json,
         "bpe": _byte_pairs,
     }
-    vocabulary = None
-    for kind in architecture.vocabularies:
-        vocabulary = vocabulary or readers[kind](directory, n_vocab, pre)
+    try:
+        found = (readers[kind](directory, n_vocab, pre) for kind in architecture.vocabularies)
+        vocabulary = next((one for one in found if one is not None), None)
+        limit = None if vocabulary is None or vocabulary.model == "gpt2" else len(vocabulary.tokens)
+        special = special_tokens(directory, config, limit)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"{directory}: the tokenizer files are not as their libraries write them: "
+            f"{type(error).__name__} {error}. Download them again."
+        ) from error
     if vocabulary is None:
         wanted = {
             "bpe": "tokenizer.json of a byte-level BPE",
@@ -116,8 +123,6 @@ def read_vocabulary(
             "Copy the tokenizer files of the model into the directory."
         )
     _add_space_prefix(vocabulary, directory, architecture)
-    limit = None if vocabulary.model == "gpt2" else len(vocabulary.tokens)
-    special = special_tokens(directory, config, limit)
     if vocabulary.pre in ADDS_BOS:
         special.adds.setdefault("bos", False)
     vocabulary.extra = special.fields()

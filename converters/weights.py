@@ -50,6 +50,31 @@ class Target:
     values: Array | None = None
 
 
+def output_shape(piece: Piece, shape: Shape, config: Config) -> Shape:
+    """Return the shape in the GGUF of a checkpoint tensor of `shape`.
+
+    Raises
+    ------
+    ConversionError
+        The tensor is empty, or has another number of dimensions than its rearrangement expects.
+    """
+    arrange = piece.output.arrange
+    try:
+        result = shape if arrange is None else arrange.shape(shape, config)
+    except (IndexError, ValueError) as error:
+        raise _misshaped(piece, shape) from error
+    if not result or 0 in result:
+        raise _misshaped(piece, shape)
+    return result
+
+
+def _misshaped(piece: Piece, shape: Shape) -> ConversionError:
+    return ConversionError(
+        f"{piece.source}: shape {tuple(shape)} does not fit what config.json describes. The "
+        "checkpoint and config.json belong to different models."
+    )
+
+
 def tensor_source(
     checkpoint: Checkpoint, config: Config, target: Target, qtype: QType
 ) -> TensorSource:
@@ -96,11 +121,13 @@ def _load(checkpoint: Checkpoint, config: Config, target: Target, qtype: QType) 
                 "the unquantized checkpoint."
             )
         arrange = piece.output.arrange
-        raw = raw if arrange is None else arrange.apply(raw, config)
-        rows = raw.reshape(-1, n_in)
+        try:
+            rows = (raw if arrange is None else arrange.apply(raw, config)).reshape(-1, n_in)
+        except ValueError as error:
+            raise _misshaped(piece, raw.shape) from error
         part = out[number * rows_each : (number + 1) * rows_each]
         _encode_rows(rows, dtype, piece, qtype, part)
-    return out.reshape(*target.shape[:-1], out.shape[-1]) if target.shape else out.reshape(())
+    return out.reshape(*target.shape[:-1], out.shape[-1])
 
 
 def _encode_rows(

@@ -184,6 +184,11 @@ def test_integer_weights_are_refused_by_name(directory: Path) -> None:
             {"rope_parameters": {"rope_type": "longrope"}},
             "position scaling 'longrope' has no place",
         ),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a positive integer"),
+        ({"rms_norm_eps": "tiny"}, "layer_norm_rms_epsilon would be 'tiny'; expected a finite"),
+        ({"max_position_embeddings": -1}, "context_length would be -1; expected an integer"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]; expected an object"),
+        ({"num_attention_heads": 5, "head_dim": 32}, "self_attn.q_proj.weight: shape (96, 96)"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None; expected a positive integer"),
         ({"intermediate_size": None}, "intermediate_size is missing; llama needs it"),
         ({"num_attention_heads": None, "head_dim": None}, "num_attention_heads is missing"),
@@ -237,6 +242,27 @@ def test_damaged_tokenizers_are_refused(directory: Path) -> None:
     assert "the tokenizers library refuses it" in message()
     (directory / "tokenizer.model").write_bytes(b"no model")
     assert "tokenizer.model: not a SentencePiece model" in message()
+
+
+def test_tokenizer_settings_of_another_shape_are_refused(directory: Path) -> None:
+    edit_json(
+        directory / "tokenizer.json",
+        lambda tokenizer: tokenizer.update(post_processor={"processors": ["TemplateProcessing"]}),
+    )
+    assert "tokenizer.json: the tokenizers library refuses it" in refusal(directory)
+
+
+def test_added_tokens_of_another_shape_are_refused(tmp_path: Path) -> None:
+    directory = tiny_models.build("llama2", tmp_path).directory
+    settings = {"added_tokens_decoder": {"one": {"text": "<s>"}}}
+    edit_json(directory / "tokenizer_config.json", lambda config: config.update(settings))
+    assert "the tokenizer files are not as their libraries write them" in refusal(directory)
+
+
+def test_empty_and_scalar_tensors_are_refused(directory: Path) -> None:
+    name = "model.norm.weight"
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name][:0].clone()}))
+    assert f"{name}: shape (0,) does not fit" in refusal(directory)
 
 
 def test_unigram_tokenizers_are_refused(directory: Path) -> None:

@@ -30,14 +30,12 @@ class Key:
     source : configuration keys, the first that is set counts; or a function of the configuration
         whose None means that the key is not written
     required : refuse a configuration without it
-    item_type : the type of an array's items
     """
 
     name: str
     type: GGUFValueType
     source: tuple[str, ...] | Callable[[Config], Any]
     required: bool = False
-    item_type: GGUFValueType | None = None
 
 
 @dataclass(frozen=True)

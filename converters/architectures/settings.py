@@ -12,6 +12,17 @@ from gguf import GGUFValueType
 from converters.architectures.description import Architecture, Config, Key
 from converters.errors import ConversionError
 
+_SIZE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_local_experts",
+)
+
 U32, F32, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
 
 
@@ -31,6 +42,10 @@ def settings(config: Config, architecture: Architecture) -> dict[str, Any]:
     for old, new in architecture.aliases.items():
         if flat.get(new) is None and flat.get(old) is not None:
             flat[new] = flat[old]
+    for key in _SIZE_KEYS:
+        value = flat.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConversionError(f"config.json: {key} is {value!r}; expected a positive integer.")
     for key, default in architecture.defaults.items():
         if callable(default):
             if flat.get(key) is None:
@@ -61,6 +76,8 @@ class _Complete(dict[str, Any]):
 
 def _rope(config: Config, architecture: Architecture) -> dict[str, dict[str, Any]]:
     raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(raw, dict):
+        raise ConversionError(f"config.json: rope_parameters is {raw!r}; expected an object.")
     theta = _first(config, "rope_theta", "rotary_emb_base") or architecture.rope_theta
     partial = _first(config, "partial_rotary_factor", "rotary_pct", "rope_pct")
     if partial is None:
