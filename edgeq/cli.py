@@ -21,7 +21,7 @@ from edgeq.recipe import AUTO_TEXT, DEFAULT_PRESET, Recipe, TextChoice
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType[int]):
     """A size: ``2G`` (10^9, as llama-gguf-split), ``1.5GiB`` or plain bytes."""
 
     name = "size"
@@ -91,7 +91,9 @@ def cli() -> None:
 
 def _start(verbose: int, quiet_bars: bool = False) -> Steps:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for name in ("edgeq", "converters"):
+        logging.getLogger(name).setLevel(level)
     return Steps(bars=False if quiet_bars else None)
 
 
@@ -170,9 +172,9 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
 @_common
 def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
     """Convert MODEL (HF directory or hub id) into a float or Q8_0 GGUF file OUT."""
-    from edgeq import pipeline
+    from edgeq import commands
 
-    result = pipeline.convert(
+    result = commands.convert(
         model,
         out,
         ftype=options["ftype"],
@@ -193,9 +195,9 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
 @_common
 def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
     """Run text through MODEL and write the importance matrix that llama-quantize reads."""
-    from edgeq import pipeline
+    from edgeq import commands
 
-    result = pipeline.calibrate(
+    result = commands.calibrate(
         model,
         out,
         _text_choice(options),
@@ -207,9 +209,9 @@ def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any
 
 
 def _source_choice(options: dict[str, Any], out: Path) -> Any:
-    from edgeq import pipeline
+    from edgeq.opening import SourceChoice
 
-    return pipeline.SourceChoice(
+    return SourceChoice(
         work=options["work"] or out.with_suffix(".edgeq"),
         allow_requantize=options["allow_requantize"],
         allow_pickle=options["allow_pickle"],
@@ -227,9 +229,9 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
 @_common
 def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
     """Write which type every tensor of MODEL gets; export --plan accepts it back, edited or not."""
-    from edgeq import pipeline
+    from edgeq import commands
 
-    result = pipeline.write_plan(
+    result = commands.write_plan(
         model,
         out,
         preset=options["preset"],
@@ -244,19 +246,23 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=_PATH, metavar="FILE...")
 @click.option("--reference", required=True, help="Float MODEL, or a stored file of its logits.")
-@click.option("--text", "eval_text", multiple=True, required=True, metavar="FILE")
-@click.option("--ctx", "n_ctx", default=512, show_default=True, help="Tokens of one chunk.")
+@click.option("--text", "eval_text", multiple=True, metavar="FILE", help="Text to judge on.")
+@click.option("--ctx", "n_ctx", type=int, help="Tokens of one chunk. Default: 512.")
 @click.option("--chunks", "eval_chunks", type=int, help="Judge on at most so many chunks.")
 @click.option("--force", is_flag=True, help="Accept text that calibration has seen.")
-@click.option("--save-logits", type=_PATH, help="Store the reference's logits: *.kld (llama.cpp's format) or *.edgeq (compact).")
+@click.option(
+    "--save-logits",
+    type=_PATH,
+    help="Store the reference's logits: *.kld (llama.cpp's format), else compact.",
+)
 @click.option("--speed/--no-speed", default=True, help="Measure tokens/s too.")
 @_input
 @_common
 def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: Any) -> None:
     """Measure FILE... against the float reference: perplexity, KL divergence, flips."""
-    from edgeq import pipeline
+    from edgeq import commands
 
-    result = pipeline.evaluate(
+    result = commands.evaluate(
         files,
         options["reference"],
         tuple(options["eval_text"]),
@@ -289,10 +295,10 @@ def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
 @_common
 def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
     """List the installed quantizers, allocators and architectures, and who brings them."""
-    from edgeq import pipeline
+    from edgeq import commands
 
     _start(verbose)
-    found = pipeline.plugins()
+    found = commands.plugins()
     lines = [f"{kind:<14} {p.name:<16} {p.origin}" for kind, ps in found.items() for p in ps]
     _show(
         as_json,

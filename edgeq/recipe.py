@@ -44,6 +44,11 @@ class TextChoice:
                 raise RecipeError(f"{flag}: got {value}, expected 1 or more.")
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that is read."""
+        return self.evaluation if self.is_auto else (*self.calibration, *self.evaluation)
+
+    @property
     def is_auto(self) -> bool:
         """Whether the model writes its own calibration text."""
         return self.calibration == (AUTO_TEXT,)
@@ -94,7 +99,9 @@ class Recipe:
         if self.out.suffix != ".gguf":
             raise RecipeError(f"{self.out}: the output is a GGUF file; name it *.gguf.")
         if not self.out.parent.is_dir():
-            raise RecipeError(f"{self.out}: there is no directory {self.out.parent}. Make it first.")
+            raise RecipeError(
+                f"{self.out}: there is no directory {self.out.parent}. Make it first."
+            )
 
     @property
     def work_directory(self) -> Path:

@@ -116,7 +116,7 @@ class WorkDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def artefact(self, name: str, inputs: Inputs, make: Callable[[Path], None]) -> Path:
+    def artefact(self, name: str, inputs: Inputs, make: Callable[[Path], object]) -> Path:
         """Return the file `name`, made by ``make(temporary path)`` unless a fitting one is there.
 
         Parameters

@@ -159,3 +159,17 @@ def _perplexity(nll: npt.NDArray[np.float64]) -> Estimate:
     log_ppl = mean(nll)
     ppl = math.exp(log_ppl.value)
     return Estimate(ppl, ppl * log_ppl.error)
+
+
+def stored_chunks(path: Path) -> Tokens | None:
+    """Return the chunks that a stored reference was made of, (n_chunks, n_ctx); None: it is none.
+
+    Raises
+    ------
+    EvaluationError
+        It is one, but damaged.
+    """
+    if not (base_logits.is_base_file(path) or is_compact_file(path)):
+        return None
+    with open_reference(path, None) as reference:
+        return reference.chunks

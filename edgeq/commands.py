@@ -1,0 +1,272 @@
+"""What the commands beside ``export`` do: single steps of the walk, and looking at files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from converters.architectures import known_architectures
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert as convert_checkpoint
+from converters.errors import ConversionError
+from converters.gguf_file import open_gguf
+from converters.hub import resolve_model
+from converters.imatrix_file import write_imatrix
+from edgeq import allocation, provenance
+from edgeq.console import Steps
+from edgeq.errors import EvaluationError, RecipeError
+from edgeq.evaluation import Speed
+from edgeq.evaluation import evaluate as evaluate_file
+from edgeq.evaluation import measure_speeds, store_reference
+from edgeq.evaluation.store import stored_chunks
+from edgeq.opening import SourceChoice, counting, open_reference, prepare_texts
+from edgeq.pipeline import calibrate as calibrate_reference
+from edgeq.pipeline import size_of
+from edgeq.quantizers import QUANTIZERS
+from edgeq.recipe import TextChoice
+from edgeq.registry import Plugin
+from edgeq.results import FileResult, Measured, Written
+from edgeq.runtime.model import Model
+from edgeq.texts import Part, check_unused, make_part, prepare, read_sources
+from edgeq.workdir import WorkDirectory
+
+
+def convert(
+    model: str,
+    out: Path,
+    *,
+    ftype: str,
+    split_max_bytes: int | None,
+    allow_pickle: bool,
+    pre: str | None,
+    steps: Steps,
+) -> Written:
+    """Convert a checkpoint into a float or Q8_0 GGUF file.
+
+    Raises
+    ------
+    ConversionError
+        The model cannot be read or converted, or is a GGUF file already.
+    """
+    with steps.step("convert") as progress:
+        path = resolve_model(model)
+        if not path.is_dir():
+            raise ConversionError(
+                f"{path}: is a GGUF file already. Use edgeq export to quantize it."
+            )
+        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+        n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
+        paths = convert_checkpoint(
+            checkpoint,
+            out,
+            ftype=ftype,
+            pre=pre,
+            split_max_bytes=split_max_bytes,
+            progress=counting(progress, n_bytes),
+        )
+    file = open_gguf(paths[0])
+    figures = {
+        "architecture": file.architecture,
+        "tensors": len(file.tensors),
+        "parameters": file.n_parameters,
+        "bytes": file.size_bytes,
+        "seconds": round(steps.seconds["convert"], 2),
+    }
+    return Written(tuple(paths), figures)
+
+
+def calibrate(
+    model: str,
+    out: Path,
+    texts: TextChoice,
+    *,
+    process_output: bool,
+    source: SourceChoice,
+    steps: Steps,
+) -> Written:
+    """Write the importance matrix of a model on a text."""
+    with WorkDirectory(source.work) as work:
+        reference = open_reference(model, source, work, steps)
+        text = prepare_texts(
+            texts,
+            reference,
+            work,
+            steps,
+            calibrates=True,
+            evaluates=False,
+            n_threads=source.n_threads,
+        ).calibration
+        if text is None:
+            raise RecipeError("calibrate: no text was prepared. Give --text FILE.")
+        imatrix = calibrate_reference(
+            reference,
+            text,
+            work,
+            steps,
+            process_output=process_output,
+            n_threads=source.n_threads,
+        )
+    write_imatrix(out, imatrix)
+    unseen = imatrix.unseen()
+    notes = (f"Never reached: {', '.join(unseen)}",) if unseen else ()
+    figures = {
+        "entries": len(imatrix.sums),
+        "chunks": imatrix.chunk_count,
+        "tokens": text.rows.size,
+        "seconds": round(steps.seconds["calibrate"], 2),
+    }
+    return Written((out,), figures, notes)
+
+
+def write_plan(
+    model: str,
+    out: Path,
+    *,
+    preset: str,
+    use_imatrix: bool,
+    tensor_type_file: Path | None,
+    source: SourceChoice,
+    steps: Steps,
+) -> Written:
+    """Write which type every tensor gets, and optionally the file for stock llama-quantize."""
+    with WorkDirectory(source.work) as work:
+        reference = open_reference(model, source, work, steps)
+        plan = allocation.allocate(reference.file, preset, has_imatrix=use_imatrix)
+    plan.write(out)
+    written = [out]
+    if tensor_type_file is not None:
+        allocation.write_tensor_type_file(plan, tensor_type_file)
+        written.append(tensor_type_file)
+    fallbacks = [entry for entry in plan.entries if "do not divide" in entry.reason]
+    notes = tuple(f"{e.name}: {e.reason}; {e.qtype.name} instead" for e in fallbacks)
+    figures = {"tensors": len(plan.entries), "bytes": plan.size_bytes, "bpw": round(plan.bpw, 4)}
+    return Written(tuple(written), figures, notes)
+
+
+def evaluate(
+    files: Sequence[Path],
+    reference: str,
+    texts: tuple[str, ...],
+    *,
+    n_ctx: int | None,
+    chunks: int | None,
+    force: bool,
+    save_logits: Path | None,
+    speed: bool,
+    source: SourceChoice,
+    steps: Steps,
+) -> Measured:
+    """Measure files against a reference model, or against its stored logits.
+
+    Raises
+    ------
+    EvaluationError
+        The text does not fit, or a file was calibrated on it and that is not forced.
+    """
+    stored = Path(reference)
+    if stored.is_file() and (rows := stored_chunks(stored)) is not None:
+        if save_logits is not None:
+            raise EvaluationError(f"{stored}: holds logits already; leave --save-logits out.")
+        with Model(files[0], vocab_only=True) as model:
+            part = make_part(model, "evaluation", rows[:chunks])
+        notes = _check_unused(files, part, texts or (reference,), force)
+        text = _read_text(files[0], texts, rows.shape[1], chunks) if texts else None
+        return _measured(files, stored, text, n_ctx, chunks, source, steps, speed, notes)
+    if not texts:
+        raise EvaluationError("evaluate: no text. Give --text FILE, one or several.")
+    with WorkDirectory(source.work) as work:
+        opened = open_reference(reference, source, work, steps)
+        n_ctx = n_ctx or TextChoice().n_ctx
+        part = _read_text(opened.path, texts, n_ctx, chunks)
+        notes = _check_unused(files, part, texts, force)
+        judge = opened.path
+        if save_logits is not None:
+            with steps.step("store") as progress:
+                store_reference(
+                    judge,
+                    part.rows,
+                    save_logits,
+                    kind="base" if save_logits.suffix == ".kld" else "compact",
+                    n_ctx=n_ctx,
+                    n_threads=source.n_threads,
+                    progress=progress,
+                )
+            judge = save_logits
+        return _measured(files, judge, part, n_ctx, chunks, source, steps, speed, notes)
+
+
+def _read_text(path: Path, texts: tuple[str, ...], n_ctx: int, limit: int | None) -> Part:
+    with Model(path, vocab_only=True) as model:
+        sources = read_sources(path, texts)
+        parts = prepare(
+            model,
+            sources,
+            chunk=n_ctx,
+            n_chunks={"evaluation": limit},
+            shares={"evaluation": 1.0},
+        )
+    return parts["evaluation"]
+
+
+def _check_unused(
+    files: Sequence[Path], part: Part, texts: tuple[str, ...], force: bool
+) -> tuple[str, ...]:
+    """Refuse text that a file says it was calibrated on."""
+    notes = []
+    for path in files:
+        manifest = provenance.calibration_manifest(open_gguf(path))
+        if manifest is not None:
+            note = check_unused(
+                manifest, part, " + ".join(texts), error=EvaluationError, force=force
+            )
+            notes += [] if note is None else [f"Judged on calibration text: {note}."]
+    return tuple(notes)
+
+
+def _measured(
+    files: Sequence[Path],
+    judge: Path,
+    part: Part | None,
+    n_ctx: int | None,
+    chunks: int | None,
+    source: SourceChoice,
+    steps: Steps,
+    speed: bool,
+    notes: tuple[str, ...],
+) -> Measured:
+    rows = []
+    timings: list[Speed | None] = [None] * len(files)
+    evaluations = []
+    for path in files:
+        with steps.step(f"evaluate {path.name}") as progress:
+            evaluations.append(
+                evaluate_file(
+                    path,
+                    None if part is None else part.rows,
+                    judge,
+                    n_ctx=n_ctx,
+                    chunks=chunks,
+                    n_threads=source.n_threads,
+                    progress=progress,
+                )
+            )
+    if speed:
+        with steps.step("time") as progress:
+            timings = list[Speed | None](
+                measure_speeds(files, n_threads=source.n_threads, progress=progress)
+            )
+    for path, judged, timing in zip(files, evaluations, timings, strict=True):
+        rows.append(FileResult(path.name, path, *size_of(path), judged, timing))
+    return Measured(tuple(rows), steps.seconds, notes)
+
+
+def plugins() -> dict[str, list[Plugin]]:
+    """Return what is installed, by kind."""
+    architectures = {
+        architecture.name: architecture for architecture in known_architectures().values()
+    }
+    return {
+        "quantizer": list(QUANTIZERS.plugins.values()),
+        "architecture": [
+            Plugin(name, ", ".join(architecture.classes), "edgeq")
+            for name, architecture in sorted(architectures.items())
+        ],
+    }

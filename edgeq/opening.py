@@ -1,0 +1,298 @@
+"""The first two steps of every command: the float reference, and the texts for it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import edgeq
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert
+from converters.gguf_file import GgufFile, open_gguf
+from converters.hub import resolve_model
+from edgeq.console import Progress, Steps
+from edgeq.errors import EvaluationError, RecipeError
+from edgeq.recipe import TextChoice
+from edgeq.runtime.model import Model, Tokens
+from edgeq.texts import Manifest, Part, check_unused, prepare, read_sources, sample_parts
+from edgeq.workdir import WorkDirectory, file_sha256
+
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+AUTO_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class SourceChoice:
+    """How the model is opened and where intermediate results go."""
+
+    work: Path
+    allow_requantize: bool = False
+    allow_pickle: bool = False
+    n_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float model that everything is judged against: a GGUF file and its hash."""
+
+    file: GgufFile
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """The file, or its first part, as llama.cpp loads it."""
+        return self.file.paths[0]
+
+
+def open_reference(
+    model: str, source: SourceChoice, work: WorkDirectory, steps: Steps
+) -> Reference:
+    """Open a float GGUF, or convert a checkpoint into one in the work directory.
+
+    Raises
+    ------
+    ConversionError
+        The model cannot be read or converted.
+    RecipeError
+        It is quantized already, and that is not allowed.
+    """
+    with steps.step("open") as progress:
+        path = resolve_model(model)
+        if path.is_dir():
+            checkpoint = open_checkpoint(path, allow_pickle=source.allow_pickle)
+            n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
+            # auto makes F16 of a pure float32 checkpoint, as llama.cpp's script; a reference keeps it
+            is_f32 = all(tensor.dtype == "F32" for tensor in checkpoint.tensors.values())
+            ftype = "f32" if is_f32 else "auto"
+            report = counting(progress, n_bytes)
+            path = work.artefact(
+                "reference.gguf",
+                {"checkpoint": checkpoint.fingerprint(), "edgeq": edgeq.__version__},
+                lambda out: convert(checkpoint, out, ftype=ftype, progress=report),
+            )
+        file = open_gguf(path)
+        quantized = {t.qtype.name for t in file.tensors.values() if t.qtype not in _FLOATS}
+        if quantized and not source.allow_requantize:
+            raise RecipeError(
+                f"{path}: is quantized already ({', '.join(sorted(quantized))}), expected F32, F16 "
+                "or BF16. Give the float model, or accept a second rounding with "
+                "--allow-requantize."
+            )
+        return Reference(file, file.sha256())
+
+
+def counting(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a function that takes the bytes done since its last call and reports MiB."""
+    done = 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(done >> 20, max(done, total) >> 20)
+
+    return add
+
+
+@dataclass(frozen=True, eq=False)
+class UsedText:
+    """Tokens of one part of the text, and what they are.
+
+    Attributes
+    ----------
+    rows : (n_chunks, n_ctx) int32
+    manifest : hashes of the part's tokens, chunks and passages
+    names : the files it comes from, or ``auto``
+    """
+
+    rows: Tokens
+    manifest: Manifest
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What calibrates and what judges; a part that nobody needs is None.
+
+    Attributes
+    ----------
+    notes : what a report must say about them
+    """
+
+    calibration: UsedText | None
+    evaluation: UsedText | None
+    notes: tuple[str, ...]
+
+
+def prepare_texts(
+    choice: TextChoice,
+    reference: Reference,
+    work: WorkDirectory,
+    steps: Steps,
+    *,
+    calibrates: bool,
+    evaluates: bool,
+    n_threads: int | None = None,
+) -> Texts:
+    """Read, sample or split the texts that are needed, once for each choice and model.
+
+    Raises
+    ------
+    CalibrationError
+        A text is empty, too short, or no text.
+    EvaluationError
+        The evaluation text was calibrated on, and that is not forced.
+    """
+    if not (calibrates or evaluates):
+        return Texts(None, None, ())
+    maker = _Maker(choice, reference, calibrates, evaluates, n_threads)
+    with steps.step("text") as progress:
+        path = work.artefact(
+            "text.safetensors",
+            {
+                "reference": reference.sha256,
+                "parts": maker.wanted,
+                "choice": {**vars(choice)},
+                "files": {name: _text_sha256(name) for name in choice.files},
+            },
+            lambda out: maker.make(out, progress),
+        )
+        return _load(path)
+
+
+def _text_sha256(argument: str) -> str:
+    path = Path(argument)
+    if not path.exists() and "@" in argument:
+        path = Path(argument.rpartition("@")[0])
+    return file_sha256(path) if path.is_file() else ""
+
+
+class _Maker:
+    """Makes the parts that are wanted and stores them in one file."""
+
+    def __init__(
+        self,
+        choice: TextChoice,
+        reference: Reference,
+        calibrates: bool,
+        evaluates: bool,
+        n_threads: int | None,
+    ) -> None:
+        self.choice = choice
+        self.path = reference.path
+        self.wanted = [
+            name
+            for name, is_wanted in (("calibration", calibrates), ("evaluation", evaluates))
+            if is_wanted
+        ]
+        self.n_threads = n_threads
+
+    def make(self, out: Path, progress: Progress) -> None:
+        """Write the parts to `out`."""
+        choice = self.choice
+        with Model(self.path, vocab_only=True) as model:
+            if choice.is_auto:
+                parts = self._sampled(progress)
+            else:
+                parts = self._read(model)
+            if "evaluation" in self.wanted and choice.evaluation:
+                parts["evaluation"] = self._from_files(model, choice.evaluation, "evaluation")
+        notes = []
+        if len(self.wanted) == 2:
+            note = check_unused(
+                parts["calibration"].manifest,
+                parts["evaluation"],
+                " + ".join(choice.evaluation) or "evaluation text",
+                error=EvaluationError,
+                force=choice.force,
+            )
+            notes += [] if note is None else [f"Judged on calibration text: {note}."]
+        about = {
+            "notes": notes,
+            "manifests": {name: parts[name].manifest.to_json() for name in self.wanted},
+            "names": {name: list(self._names(name)) for name in self.wanted},
+        }
+        rows = {name: parts[name].rows for name in self.wanted}
+        save_file(rows, out, metadata={"about": json.dumps(about)})
+
+    def _names(self, part: str) -> tuple[str, ...]:
+        choice = self.choice
+        own = part == "evaluation" and choice.evaluation
+        return choice.evaluation if own else choice.calibration
+
+    def _limit(self, part: str) -> int | None:
+        return self.choice.chunks if part == "calibration" else self.choice.evaluation_chunks
+
+    def _from_files(self, model: Model, files: tuple[str, ...], part: str) -> Part:
+        sources = read_sources(self.path, files)
+        found = prepare(
+            model,
+            sources,
+            chunk=self.choice.n_ctx,
+            n_chunks={part: self._limit(part)},
+            shares={part: 1.0},
+        )
+        return found[part]
+
+    def _read(self, model: Model) -> dict[str, Part]:
+        """Calibration text from files; without own evaluation text a part of it is held out."""
+        choice = self.choice
+        if choice.evaluation or "evaluation" not in self.wanted:
+            files = choice.calibration
+            wanted = "calibration" in self.wanted
+            return {"calibration": self._from_files(model, files, "calibration")} if wanted else {}
+        return prepare(
+            model,
+            read_sources(self.path, choice.calibration),
+            chunk=choice.n_ctx,
+            n_chunks={name: self._limit(name) for name in ("calibration", "evaluation")},
+            shares={"calibration": 0.8, "evaluation": 0.2},
+            seed=choice.seed,
+        )
+
+    def _sampled(self, progress: Progress) -> dict[str, Part]:
+        """Text of the model's own, separate sequences for each part."""
+        choice = self.choice
+        judged_on_files = bool(choice.evaluation) or "evaluation" not in self.wanted
+        n_chunks = {  # both, in this order: a part's number decides what it says
+            "calibration": choice.chunks or AUTO_CHUNKS if "calibration" in self.wanted else 0,
+            "evaluation": 0 if judged_on_files else choice.evaluation_chunks,
+        }
+        parts = sample_parts(
+            self.path,
+            n_chunks,
+            chunk=choice.n_ctx,
+            seed=choice.seed,
+            n_threads=self.n_threads,
+            progress=progress,
+        )
+        return {name: part for name, part in parts.items() if len(part.rows)}
+
+
+def _load(path: Path) -> Texts:
+    with safe_open(path, framework="numpy") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+        parts = {
+            name: UsedText(
+                file.get_tensor(name).astype(np.int32),
+                Manifest.from_json(about["manifests"][name]),
+                tuple(about["names"][name]),
+            )
+            for name in file.keys()
+        }
+    return Texts(parts.get("calibration"), parts.get("evaluation"), tuple(about["notes"]))
+
+
+def values_sha256(values: dict[str, Any]) -> str:
+    """Return a hash of named arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values[name]).tobytes())
+    return digest.hexdigest()

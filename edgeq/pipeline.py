@@ -1,0 +1,386 @@
+"""The walk from a checkpoint to a proven GGUF file; the only place that knows the order of steps.
+
+``export`` reads like the table in CONTRIBUTING.md. Every artefact is made through the work
+directory, which reuses what still fits.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import edgeq
+from converters.gguf_file import GgufFile, TensorSource, open_gguf, tensor_bytes, write_gguf
+from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
+from edgeq import allocation, provenance
+from edgeq.allocation import Plan, PlanEntry
+from edgeq.calibration import collect
+from edgeq.console import Steps
+from edgeq.evaluation import evaluate, measure_speeds
+from edgeq.opening import (
+    Reference,
+    SourceChoice,
+    Texts,
+    UsedText,
+    counting,
+    open_reference,
+    prepare_texts,
+    values_sha256,
+)
+from edgeq.quantizers import QUANTIZERS, Quantizer, quantize_tensor
+from edgeq.recipe import Recipe
+from edgeq.results import FileResult, Report
+from edgeq.runtime.presets import MixOptions, quantize_with_llama_cpp
+from edgeq.workdir import WorkDirectory, replacing
+
+Importances = dict[str, npt.NDArray[np.float32]]
+
+
+def export(recipe: Recipe, steps: Steps) -> Report:
+    """Run the whole walk.
+
+    Raises
+    ------
+    EdgeqError, ConversionError
+        Whatever the user can mend; an existing output is then untouched.
+    """
+    quantizer: Quantizer = QUANTIZERS.get(recipe.quantizer)()
+    with WorkDirectory(recipe.work_directory) as work:
+        reference = _open(recipe, work, steps)
+        texts = _texts(recipe, reference, work, steps)
+        imatrix = _imatrix(recipe, reference, texts, work, steps)
+        plan = _plan(recipe, reference, imatrix, work, steps)
+        importances = _importances(imatrix, reference.file)
+        weighed_by = None if importances is None else values_sha256(importances)
+        layers = _quantize(recipe, reference, plan, importances, weighed_by, quantizer, work, steps)
+        made_by = provenance.describe(recipe, reference, texts, plan, weighed_by)
+        name = str(recipe.imatrix or "imatrix.gguf")
+        fields = provenance.fields(reference, plan, imatrix, name, texts, made_by)
+        paths = _write(recipe, reference, plan, layers, fields, steps)
+        files = _prove(recipe, reference, texts, plan, importances, weighed_by, paths, work, steps)
+        report = Report(made_by, files, steps.seconds, _notes(plan, imatrix, texts, work))
+        with replacing(work.path / "report.json") as temporary:
+            temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    return report
+
+
+def _open(recipe: Recipe, work: WorkDirectory, steps: Steps) -> Reference:
+    source = SourceChoice(work.path, recipe.allow_requantize, recipe.allow_pickle, recipe.n_threads)
+    return open_reference(recipe.model, source, work, steps)
+
+
+def _texts(recipe: Recipe, reference: Reference, work: WorkDirectory, steps: Steps) -> Texts:
+    return prepare_texts(
+        recipe.texts,
+        reference,
+        work,
+        steps,
+        calibrates=recipe.use_imatrix and recipe.imatrix is None,
+        evaluates=recipe.prove,
+        n_threads=recipe.n_threads,
+    )
+
+
+def _imatrix(
+    recipe: Recipe, reference: Reference, texts: Texts, work: WorkDirectory, steps: Steps
+) -> Imatrix | None:
+    """Return the importance matrix that was given, or calibrate; None without one."""
+    if recipe.imatrix is not None:
+        given = read_imatrix(recipe.imatrix)
+        check_matches(given, matrix_sizes(reference.file), str(recipe.imatrix))
+        return given
+    if texts.calibration is None:
+        return None
+    return calibrate(reference, texts.calibration, work, steps, n_threads=recipe.n_threads)
+
+
+def calibrate(
+    reference: Reference,
+    text: UsedText,
+    work: WorkDirectory,
+    steps: Steps,
+    *,
+    process_output: bool = False,
+    n_threads: int | None = None,
+) -> Imatrix:
+    """Run the text through the reference and sum up the inputs of its weights."""
+    with steps.step("calibrate") as progress:
+        path = work.artefact(
+            "imatrix.gguf",
+            {
+                "reference": reference.sha256,
+                "text": text.manifest.sha256,
+                "process_output": process_output,
+                "edgeq": edgeq.__version__,
+            },
+            lambda out: write_imatrix(
+                out,
+                collect(
+                    reference.path,
+                    text.rows,
+                    datasets=text.names,
+                    output_tensor=process_output,
+                    n_threads=n_threads,
+                    progress=progress,
+                ).imatrix,
+            ),
+        )
+        return read_imatrix(path)
+
+
+def matrix_sizes(file: GgufFile) -> dict[str, tuple[int, int]]:
+    """Return weight name to (n_in, n_mat) of every matrix of a model."""
+    return {
+        name: (tensor.shape[-1], 1 if len(tensor.shape) == 2 else tensor.shape[0])
+        for name, tensor in file.tensors.items()
+        if len(tensor.shape) in (2, 3)
+    }
+
+
+def _importances(imatrix: Imatrix | None, file: GgufFile) -> Importances | None:
+    """Return the mean squared inputs as llama-quantize computes them, (n_mat, n_in) a tensor."""
+    if imatrix is None:
+        return None
+    return {
+        name: imatrix.weights(name, file.tensors[name].shape[-1])
+        for name in imatrix.sums
+        if name in file.tensors
+    }
+
+
+def _plan(
+    recipe: Recipe,
+    reference: Reference,
+    imatrix: Imatrix | None,
+    work: WorkDirectory,
+    steps: Steps,
+) -> Plan:
+    """Read the plan that was given, or let llama.cpp's preset decide; kept as ``plan.json``."""
+    with steps.step("allocate"):
+        if recipe.plan is not None:
+            plan = allocation.read_plan(recipe.plan, reference.file)
+        else:
+            has_imatrix = imatrix is not None
+            plan = allocation.allocate(reference.file, recipe.preset, has_imatrix=has_imatrix)
+        known = imatrix.sums if imatrix is not None else {}
+        plan.check_importances(reference.file, lambda name: name in known)
+        plan.write(work.path / "plan.json")
+    return plan
+
+
+def _quantize(
+    recipe: Recipe,
+    reference: Reference,
+    plan: Plan,
+    importances: Importances | None,
+    weighed_by: str | None,
+    quantizer: Quantizer,
+    work: WorkDirectory,
+    steps: Steps,
+) -> dict[str, Path]:
+    """Quantize layer by layer; return tensor name to the file that holds its packed bytes.
+
+    What keeps its type is not there: it is copied from the reference when the output is written.
+    """
+    parts: dict[str, Path] = {}
+    layers = _layers(plan, reference.file)
+    with steps.step("quantize") as progress:
+        for done, (layer, entries) in enumerate(layers.items(), start=1):
+
+            def make(out: Path, entries: Sequence[PlanEntry] = entries) -> None:
+                packed = {
+                    entry.name: quantize_tensor(
+                        reference.file,
+                        entry.name,
+                        entry.qtype,
+                        importances,
+                        quantizer,
+                        allow_requantize=recipe.allow_requantize,
+                        n_threads=recipe.n_threads,
+                    )
+                    for entry in entries
+                }
+                save_file(packed, out)
+
+            part = work.artefact(
+                f"layers/{layer}.safetensors",
+                {
+                    "reference": reference.sha256,
+                    "importances": weighed_by,
+                    "quantizer": recipe.quantizer,
+                    "versions": provenance.versions(),
+                    "types": {entry.name: entry.qtype.name for entry in entries},
+                },
+                make,
+            )
+            parts |= {entry.name: part for entry in entries}
+            progress(done, len(layers))
+    return parts
+
+
+def _layers(plan: Plan, file: GgufFile) -> dict[str, list[PlanEntry]]:
+    """Group what changes its type by layer: ``blk.N``, or the tensor's name outside of layers."""
+    layers: dict[str, list[PlanEntry]] = {}
+    for entry in plan.entries:
+        if entry.qtype != file.tensors[entry.name].qtype:
+            layer = ".".join(entry.name.split(".")[:2])
+            layers.setdefault(layer if layer.startswith("blk.") else entry.name, []).append(entry)
+    return layers
+
+
+def _write(
+    recipe: Recipe,
+    reference: Reference,
+    plan: Plan,
+    layers: dict[str, Path],
+    fields: dict[str, Any],
+    steps: Steps,
+) -> list[Path]:
+    def source(entry: PlanEntry) -> TensorSource:
+        def load() -> npt.NDArray[Any]:
+            if entry.name not in layers:
+                return reference.file.read_bytes(entry.name)
+            with safe_open(layers[entry.name], framework="numpy") as part:
+                packed: npt.NDArray[np.uint8] = part.get_tensor(entry.name)
+            return packed
+
+        return TensorSource(entry.name, entry.qtype, entry.shape, load)
+
+    with steps.step("write") as progress:
+        total = sum(tensor_bytes(entry.qtype, entry.shape) for entry in plan.entries)
+        return write_gguf(
+            recipe.out,
+            fields,
+            [source(entry) for entry in plan.entries],
+            split_max_bytes=recipe.split_max_bytes,
+            progress=counting(progress, total),
+        )
+
+
+def _prove(
+    recipe: Recipe,
+    reference: Reference,
+    texts: Texts,
+    plan: Plan,
+    importances: Importances | None,
+    weighed_by: str | None,
+    paths: Sequence[Path],
+    work: WorkDirectory,
+    steps: Steps,
+) -> tuple[FileResult, ...]:
+    """Measure the output, and with ``--baseline`` llama.cpp's own file of the same types."""
+    files = {f"edgeq {recipe.quantizer} {plan.preset}": paths[0]}
+    if recipe.baseline:
+        with steps.step("baseline"):
+            files[f"llama-quantize {plan.preset}"] = work.artefact(
+                "baseline.gguf",
+                {
+                    "reference": reference.sha256,
+                    "importances": weighed_by,
+                    "types": {name: qtype.name for name, qtype in plan.types.items()},
+                    "versions": provenance.versions(),
+                },
+                lambda out: _baseline(recipe, reference, plan, importances, out),
+            )
+    text = texts.evaluation
+    if not recipe.prove or text is None:
+        return tuple(_unmeasured(label, path) for label, path in files.items())
+    return measure(
+        files,
+        reference,
+        text.rows,
+        steps,
+        n_ctx=recipe.texts.n_ctx,
+        n_threads=recipe.n_threads,
+    )
+
+
+def _baseline(
+    recipe: Recipe, reference: Reference, plan: Plan, importances: Importances | None, out: Path
+) -> None:
+    options = None if recipe.plan is None else MixOptions(overrides=allocation.overrides(plan))
+    quantize_with_llama_cpp(
+        reference.file.path,
+        out,
+        plan.preset,
+        importances,
+        n_threads=recipe.n_threads,
+        options=options,
+        allow_requantize=recipe.allow_requantize,
+    )
+
+
+def measure(
+    files: dict[str, Path],
+    reference: Reference,
+    text: Any,
+    steps: Steps,
+    *,
+    n_ctx: int,
+    n_threads: int | None = None,
+    speed: bool = True,
+) -> tuple[FileResult, ...]:
+    """Judge files against the reference on a text, and time all of them in one interleaved run."""
+    evaluations = {}
+    for label, path in files.items():
+        with steps.step("evaluate") as progress:
+            evaluations[label] = evaluate(
+                path,
+                text,
+                reference.path,
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                progress=progress,
+            )
+    timed = [*files.values(), reference.path]
+    speeds: Sequence[Any] = [None] * len(timed)
+    if speed:
+        with steps.step("time") as progress:
+            speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
+    rows = [
+        FileResult(label, path, *size_of(path), evaluations[label], timing)
+        for (label, path), timing in zip(files.items(), speeds, strict=False)
+    ]
+    rows.append(
+        FileResult("float reference", reference.path, *size_of(reference.path), None, speeds[-1])
+    )
+    return tuple(rows)
+
+
+def size_of(path: Path) -> tuple[int, float]:
+    """Return the bytes of a GGUF file, all its parts together, and its bits per weight."""
+    file = open_gguf(path)
+    return file.size_bytes, 8 * file.size_bytes / file.n_parameters
+
+
+def _unmeasured(label: str, path: Path) -> FileResult:
+    return FileResult(label, path, *size_of(path), None, None)
+
+
+def _notes(
+    plan: Plan, imatrix: Imatrix | None, texts: Texts, work: WorkDirectory
+) -> tuple[str, ...]:
+    """Return what the table does not show: fallbacks, unseen experts, forced or reused things."""
+    notes = list(texts.notes)
+    fallbacks = [entry for entry in plan.entries if "do not divide" in entry.reason]
+    if fallbacks:
+        types: dict[str, int] = {}
+        for entry in fallbacks:
+            key = f"{entry.reason} → {entry.qtype.name}"
+            types[key] = types.get(key, 0) + 1
+        notes += [f"Fallback for {n} tensors: {what}" for what, n in types.items()]
+    unseen = imatrix.unseen() if imatrix is not None else []
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+        notes.append(f"Calibration never reached: {shown}. Their columns weigh 1 each.")
+    if work.reused:
+        notes.append(
+            f"Reused from {work.path}: {len(work.reused)} of "
+            f"{len(work.reused) + len(work.made)} intermediate results."
+        )
+    return tuple(notes)

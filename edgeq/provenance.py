@@ -1,0 +1,114 @@
+"""What a file says about how it was made, and what it was calibrated on.
+
+``edgeq.*`` keys of the metadata, beside the ``quantize.imatrix.*`` keys that llama.cpp writes. The
+passages of the calibration text are kept as a sketch: one in 64 hashes of its windows of 13 words,
+enough to notice later that somebody judges the file on text that it was calibrated on.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGUFValueType
+
+from converters.gguf_file import Field, GgufFile
+from converters.imatrix_file import Imatrix
+from edgeq.allocation import Plan
+from edgeq.opening import Reference, Texts, UsedText
+from edgeq.recipe import Recipe
+from edgeq.texts import Manifest
+
+_VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy")
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml/include/ggml.h
+SKETCH_FRACTION = 64
+SKETCH_KEY = "edgeq.calibration.sketch"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that shapes the bytes."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(
+    recipe: Recipe, reference: Reference, texts: Texts, plan: Plan, imatrix_sha256: str | None
+) -> dict[str, Any]:
+    """Return how a file was made, as JSON values."""
+    parts = {"calibration": texts.calibration, "evaluation": texts.evaluation}
+    return {
+        "source": {"name": reference.path.name, "sha256": reference.sha256},
+        "recipe": recipe.as_json(),
+        "imatrix_sha256": imatrix_sha256,
+        "texts": {
+            name: {"names": list(part.names), **part.manifest.summary()}
+            for name, part in parts.items()
+            if part is not None
+        },
+        "plan": {"preset": plan.preset, "bpw": round(plan.bpw, 4)},
+        "versions": versions(),
+    }
+
+
+def fields(
+    reference: Reference,
+    plan: Plan,
+    imatrix: Imatrix | None,
+    imatrix_name: str,
+    texts: Texts,
+    provenance: Mapping[str, Any],
+) -> dict[str, Field]:
+    """Return the metadata of the output: the reference's, the file type, and the provenance."""
+    out = {
+        key: field
+        for key, field in reference.file.fields.items()
+        if not key.startswith(("edgeq.", "quantize."))
+    }
+    uint32, string = GGUFValueType.UINT32, GGUFValueType.STRING
+    out["general.quantization_version"] = Field(_QUANTIZATION_VERSION, uint32)
+    out["general.file_type"] = Field(plan.ftype, uint32)
+    if imatrix is not None:
+        int32 = GGUFValueType.INT32
+        out["quantize.imatrix.file"] = Field(imatrix_name, string)
+        if imatrix.datasets:
+            out["quantize.imatrix.dataset"] = Field(", ".join(imatrix.datasets), string)
+        out["quantize.imatrix.entries_count"] = Field(len(imatrix.sums), int32)
+        out["quantize.imatrix.chunks_count"] = Field(imatrix.chunk_count, int32)
+    for key in ("source", "recipe", "texts", "plan", "versions"):
+        value = dict(provenance[key])
+        if key == "texts":  # the chunks' hashes are in the report; the file keeps the sketch
+            value = {
+                name: {k: v for k, v in text.items() if k != "chunks"}
+                for name, text in value.items()
+                if name == "calibration"
+            }
+        out[f"edgeq.{key}"] = Field(json.dumps(value, sort_keys=True), string)
+    if texts.calibration is not None:
+        out[SKETCH_KEY] = _sketch_field(texts.calibration)
+    return out
+
+
+def _sketch_field(text: UsedText) -> Field:
+    windows = text.manifest.windows
+    kept = windows[windows % np.uint64(SKETCH_FRACTION) == 0]
+    return Field(kept.tolist(), GGUFValueType.ARRAY, GGUFValueType.UINT64)
+
+
+def calibration_manifest(file: GgufFile) -> Manifest | None:
+    """Return what a file says it was calibrated on; None if it says nothing."""
+    sketch = file.value(SKETCH_KEY)
+    if not isinstance(sketch, list):
+        return None
+    return Manifest(
+        name=f"calibration text of {file.path.name}",
+        sha256="",
+        n_tokens=0,
+        chunks=(),
+        windows=np.array(sketch, np.uint64),
+    )
