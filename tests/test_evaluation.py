@@ -142,7 +142,7 @@ def test_rows_equal_those_of_single_sequences(pair, n_ctx, chunks):
             log_q = log_softmax(q.logits(sequence)[rows])
             kld = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
             following = sequence[n_ctx // 2 + 1 :]
-            np.testing.assert_allclose(found.kld[i], kld, rtol=5e-3)  # attention in float16
+            np.testing.assert_allclose(found.kld[i], kld, rtol=2e-2)  # attention in float16
             nll = -log_q[np.arange(len(log_q)), following]
             np.testing.assert_allclose(found.nll[i], nll, atol=1e-2)
             np.testing.assert_array_equal(found.next_tokens[i], following)
