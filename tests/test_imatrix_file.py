@@ -192,6 +192,21 @@ def test_every_truncation_is_refused_or_complete(path, tmp_path):
     assert complete <= 1
 
 
+@pytest.mark.parametrize("path", [GOLDEN_GGUF, GOLDEN_DAT], ids=["gguf", "dat"])
+def test_damaged_bytes_are_refused_or_read(path, tmp_path):
+    rng = np.random.RandomState(0)
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    headers = 2000  # most of the numbers that decide sizes are at the beginning
+    for _ in range(300):
+        damaged = content.copy()
+        at = rng.randint(rng.choice([headers, len(content)]), size=rng.randint(1, 6))
+        damaged[at] = rng.randint(256, size=len(at))
+        (tmp_path / path.name).write_bytes(damaged.tobytes())
+        with contextlib.suppress(ConversionError):  # anything else fails the test
+            imatrix = read_imatrix(tmp_path / path.name)
+            assert all(np.isfinite(sums).all() for sums in imatrix.sums.values())
+
+
 def with_tensors(path, sums, counts, **metadata):
     from gguf import GGUFWriter
 
@@ -224,7 +239,9 @@ COUNTS = np.ones((2, 1), np.float32)
         (ONES, np.ones((4, 1), np.float32), "6 values do not divide into 4 counts"),
         (ONES * np.float32(np.nan), COUNTS, "value 0 is nan"),
         (-ONES, COUNTS, "value 0 is -1.0"),
-        (ONES, COUNTS * np.float32(np.inf), "a count is not finite"),
+        (ONES, COUNTS * np.float32(np.inf), "a count is inf"),
+        (ONES, COUNTS * np.float32(np.nan), "a count is nan"),
+        (ONES, COUNTS * np.float32(1e30), "a count is 1"),
         (ONES, -COUNTS, "a count is -1"),
         (ONES.astype(np.float16), COUNTS, "has type F16, expected F32"),
         (None, None, "not an importance matrix"),
@@ -249,7 +266,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["out.dat", "out.gguf"])
 def test_a_failed_write_leaves_nothing(name, tmp_path):
-    with pytest.raises(ConversionError, match="no entries"):
+    with pytest.raises(ConversionError, match="saw no input"):
         write_imatrix(tmp_path / name, small(sums={}, counts={}))
     with pytest.raises(ConversionError):
         write_imatrix(tmp_path / "missing" / name, small())
