@@ -68,7 +68,7 @@ def open_reference(
         if path.is_dir():
             checkpoint = open_checkpoint(path, allow_pickle=source.allow_pickle)
             n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
-            # auto makes F16 of a pure float32 checkpoint, as llama.cpp's script; a reference keeps it
+            # auto makes F16 of a float32 checkpoint, as llama.cpp does; a reference stays exact
             is_f32 = all(tensor.dtype == "F32" for tensor in checkpoint.tensors.values())
             ftype = "f32" if is_f32 else "auto"
             report = counting(progress, n_bytes)
