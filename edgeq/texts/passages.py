@@ -66,6 +66,14 @@ def stock_phrases(windows_of_blocks: Sequence[Hashes]) -> Hashes:
     return np.asarray(values[counts >= STOCK_BLOCKS])
 
 
+def are_in(hashes: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which of `hashes` are in the sorted `known`, (len(hashes),) bool."""
+    if len(known) == 0:
+        return np.zeros(len(hashes), np.bool_)
+    at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    return np.asarray(known[at] == hashes)
+
+
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """What a part of the text consists of.
@@ -203,7 +211,7 @@ def overlap(manifest: Manifest, texts: Sequence[str], rows: Tokens | None = None
     for text in texts:
         words = _words(text)
         hashes = _window_hashes(words)
-        is_shared = np.isin(hashes, manifest.windows)
+        is_shared = are_in(hashes, manifest.windows)
         n_windows += len(hashes)
         n_shared += int(is_shared.sum())
         if is_shared.any() and not example:

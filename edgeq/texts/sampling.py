@@ -23,7 +23,7 @@ import numpy.typing as npt
 from edgeq.errors import CalibrationError
 from edgeq.runtime.model import Model, Tokens
 from edgeq.texts.parts import Part, make_part
-from edgeq.texts.passages import Hashes, stock_phrases, windows
+from edgeq.texts.passages import Hashes, are_in, stock_phrases, windows
 
 BATCH = 64  # sequences at once
 ATTEMPTS = 4
@@ -146,7 +146,7 @@ def _repeating(of_row: Sequence[Hashes], owner: npt.NDArray[np.int64], stock: Ha
         before = [of_row[i] for i in np.flatnonzero(owner == part - 1).tolist()]
         earlier = np.setdiff1d(np.concatenate([earlier, *before]), stock)
         mine = np.flatnonzero(owner == part).tolist()
-        again += [i for i in mine if np.isin(of_row[i], earlier, assume_unique=True).any()]
+        again += [i for i in mine if are_in(of_row[i], earlier).any()]
     return again
 
 
