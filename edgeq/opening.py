@@ -264,6 +264,8 @@ class _Maker:
             "calibration": choice.chunks or AUTO_CHUNKS if "calibration" in self.wanted else 0,
             "evaluation": 0 if judged_on_files else choice.evaluation_chunks,
         }
+        if not any(n_chunks.values()):  # no calibration, and own files to judge on
+            return {}
         parts = sample_parts(
             self.path,
             n_chunks,

@@ -1,0 +1,50 @@
+"""What several test files share: tiny models and texts, made once, never changed."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from tests import tiny_gguf, tiny_models
+
+
+@pytest.fixture(scope="session")
+def built_checkpoint(tmp_path_factory):
+    """A LLaMA checkpoint with SentencePiece vocabulary in four shards; rows divide by 256."""
+    return tiny_models.build("llama2", tmp_path_factory.mktemp("checkpoint")).directory
+
+
+@pytest.fixture
+def checkpoint(built_checkpoint, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(built_checkpoint, tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A float GGUF whose rows of 64 and 96 weights make K-quants fall back."""
+    return tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """The same with a vocabulary that is large enough for a compact store of logits."""
+    vocabulary = tiny_gguf.vocabulary(adds_bos=True)
+    tokens = vocabulary["tokenizer.ggml.tokens"].value
+    more = [f"never{number}" for number in range(4096 - len(tokens))]
+    extra = {
+        "tokenizer.ggml.tokens": [*tokens, *more],
+        "tokenizer.ggml.token_type": [3, 3] + [1] * 4094,
+    }
+    fields = {key: dataclasses.replace(vocabulary[key], value=extra[key]) for key in extra}
+    return tiny_gguf.write(tmp_path_factory.mktemp("wide") / "wide.gguf", "llama", extra=fields)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Two texts without a passage in common, of about 16 and 8 thousand characters."""
+    directory = tmp_path_factory.mktemp("texts")
+    paths = directory / "one.txt", directory / "other.txt"
+    for seed, (path, n_words) in enumerate(zip(paths, (3000, 1500), strict=True), start=1):
+        path.write_text(tiny_gguf.text(seed, n_words), "utf-8")
+    return paths
