@@ -131,7 +131,10 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
 @_input
 @_common
 def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Quantize MODEL (HF directory, hub id or float GGUF) into OUT, and prove it."""
+    """Quantize MODEL into OUT and prove it.
+
+    MODEL: a Hugging Face directory or hub id, or a float GGUF file.
+    """
     from edgeq import pipeline
 
     recipe = Recipe(
@@ -171,7 +174,10 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
 @click.option("--pre", help="Name of the pre-tokenizer, where it is not recognized.")
 @_common
 def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Convert MODEL (HF directory or hub id) into a float or Q8_0 GGUF file OUT."""
+    """Convert a checkpoint to a float GGUF.
+
+    MODEL: a Hugging Face directory or hub id. OUT: the GGUF file.
+    """
     from edgeq import commands
 
     result = commands.convert(
@@ -194,7 +200,11 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
 @_input
 @_common
 def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Run text through MODEL and write the importance matrix that llama-quantize reads."""
+    """Write the importance matrix of MODEL.
+
+    Runs text through the model; the file is the one that llama-imatrix writes and llama-quantize
+    reads.
+    """
     from edgeq import commands
 
     result = commands.calibrate(
@@ -228,7 +238,10 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
 @_input
 @_common
 def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Write which type every tensor of MODEL gets; export --plan accepts it back, edited or not."""
+    """Write the type of every tensor.
+
+    export --plan accepts the plan back, edited or not.
+    """
     from edgeq import commands
 
     result = commands.write_plan(
@@ -259,7 +272,10 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
 @_input
 @_common
 def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: Any) -> None:
-    """Measure FILE... against the float reference: perplexity, KL divergence, flips."""
+    """Measure files against their reference.
+
+    Perplexity, KL divergence and its percentiles, changes of the most likely token, tokens/s.
+    """
     from edgeq import commands
 
     result = commands.evaluate(
@@ -283,7 +299,10 @@ def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: An
 @click.option("--metadata/--no-metadata", default=False, help="Print every metadata field.")
 @_common
 def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Show types, bytes, bpw and provenance of a GGUF file, or how two files differ."""
+    """Show what is in a GGUF file.
+
+    Types, bytes, bpw and provenance, or how two files differ.
+    """
     from edgeq import inspection
 
     _start(verbose)
@@ -294,7 +313,7 @@ def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
 @cli.command()
 @_common
 def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
-    """List the installed quantizers, allocators and architectures, and who brings them."""
+    """List quantizers and architectures."""
     from edgeq import commands
 
     _start(verbose)

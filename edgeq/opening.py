@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import edgeq
 from converters.checkpoint import open_checkpoint
@@ -22,10 +21,10 @@ from edgeq.errors import EvaluationError, RecipeError
 from edgeq.recipe import TextChoice
 from edgeq.runtime.model import Model, Tokens
 from edgeq.texts import Manifest, Part, check_unused, prepare, read_sources, sample_parts
-from edgeq.workdir import WorkDirectory, file_sha256
+from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-AUTO_CHUNKS = 64
+AUTO_CHUNKS = 32
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ class _Maker:
             "names": {name: list(self._names(name)) for name in self.wanted},
         }
         rows = {name: parts[name].rows for name in self.wanted}
-        save_file(rows, out, metadata={"about": json.dumps(about)})
+        save_arrays(rows, out, {"about": json.dumps(about)})
 
     def _names(self, part: str) -> tuple[str, ...]:
         choice = self.choice

@@ -20,7 +20,7 @@ class TextChoice:
     calibration : files (``FILE`` or ``FILE@WEIGHT``), or ``("auto",)``: the model writes it
     evaluation : files that calibration has not seen; empty: a part held out of `calibration`
     n_ctx : tokens of one chunk
-    chunks : at most so many chunks calibrate; None: all of the text (auto: 64)
+    chunks : at most so many chunks calibrate; None: all of the text (auto: 32)
     evaluation_chunks : at most so many chunks judge
     seed : of the sampling (auto) and of the split
     force : accept evaluation text that calibration has seen; the report then says so
