@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import edgeq
 from converters.gguf_file import GgufFile, TensorSource, open_gguf, tensor_bytes, write_gguf
@@ -36,7 +35,7 @@ from edgeq.quantizers import QUANTIZERS, Quantizer, quantize_tensor
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Report
 from edgeq.runtime.presets import MixOptions, quantize_with_llama_cpp
-from edgeq.workdir import WorkDirectory, replacing
+from edgeq.workdir import WorkDirectory, file_name, replacing, save_arrays
 
 Importances = dict[str, npt.NDArray[np.float32]]
 
@@ -115,6 +114,7 @@ def calibrate(
             {
                 "reference": reference.sha256,
                 "text": text.manifest.sha256,
+                "datasets": text.names,
                 "process_output": process_output,
                 "edgeq": edgeq.__version__,
             },
@@ -205,10 +205,10 @@ def _quantize(
                     )
                     for entry in entries
                 }
-                save_file(packed, out)
+                save_arrays(packed, out)
 
             part = work.artefact(
-                f"layers/{layer}.safetensors",
+                f"layers/{file_name(layer)}.safetensors",
                 {
                     "reference": reference.sha256,
                     "importances": weighed_by,

@@ -12,10 +12,16 @@ import json
 import logging
 import os
 import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from edgeq.errors import RecipeError
 
@@ -34,6 +40,32 @@ def file_sha256(path: Path) -> str:
 def fingerprint(inputs: Inputs) -> str:
     """Return a hash of `inputs` that does not depend on the order of their keys."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def save_arrays(
+    arrays: Mapping[str, npt.NDArray[np.generic]],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write named arrays as safetensors.
+
+    Raises
+    ------
+    OSError
+        No space or no permission; safetensors itself raises an exception of its own for them.
+    """
+    try:
+        save_file(dict(arrays), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def file_name(text: str) -> str:
+    """Return a file name for any text, such as a tensor's name in a file of unknown origin.
+
+    No separator survives, so that no name leads out of its directory; names stay distinct.
+    """
+    return urllib.parse.quote(text, safe="")
 
 
 @contextlib.contextmanager
@@ -73,6 +105,7 @@ class WorkDirectory:
         self.reused: list[str] = []
         self.made: list[str] = []
         self._lock: TextIO | None = None
+        self._is_new = not path.exists()
 
     def __enter__(self) -> Self:
         try:
@@ -95,6 +128,8 @@ class WorkDirectory:
             return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), (self.path / "lock").stat()):
+                raise OSError("its owner removed it")
         except OSError as error:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
@@ -113,8 +148,14 @@ class WorkDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        if error is not None and self._is_new:  # leave no empty directory behind
+            with contextlib.suppress(OSError):
+                if os.listdir(self.path) == ["lock"]:
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
+        self._lock.close()
 
     def artefact(self, name: str, inputs: Inputs, make: Callable[[Path], object]) -> Path:
         """Return the file `name`, made by ``make(temporary path)`` unless a fitting one is there.
