@@ -9,7 +9,6 @@ llama.cpp 0c1e57098: tools/imatrix/imatrix.cpp, save_imatrix; common/imatrix-loa
 common_imatrix_load.
 """
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from converters.errors import ConversionError
 from converters.imatrix import CountArray, FloatArray, Imatrix, check_matches, merge_imatrices
 from converters.imatrix_dat import dat_bytes, read_dat
+from converters.output import replacing
 
 __all__ = ["Imatrix", "check_matches", "merge_imatrices", "read_imatrix", "write_imatrix"]
 
@@ -69,7 +69,8 @@ def write_imatrix(path: Path | str, imatrix: Imatrix) -> None:
     if not any(counts.any() for counts in imatrix.counts.values()):
         raise ConversionError(f"{path}: the importance matrix saw no input. Calibrate first.")
     if path.suffix == ".dat":
-        _write_atomically(path, dat_bytes(imatrix))
+        with replacing(path) as temporary:
+            temporary.write_bytes(dat_bytes(imatrix))
     else:
         _write_gguf(path, imatrix)
 
@@ -180,19 +181,3 @@ def _write_gguf(path: Path, imatrix: Imatrix) -> None:
                 )
             )
     write_gguf(path, fields, tensors)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ConversionError(
-            f"{path}: cannot be written: {error.strerror}. Free space or choose another path."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)

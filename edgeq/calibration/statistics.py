@@ -1,7 +1,6 @@
 """What calibration finds out about the inputs of a model's weights, and its file."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.imatrix import Imatrix
+from converters.output import replacing
 from edgeq.errors import CalibrationError
 
 FloatArray = npt.NDArray[np.float32]
@@ -93,17 +93,8 @@ class Statistics:
             "skipped": self.skipped,
             "n_tokens": self.n_tokens,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(arrays, partial, metadata={"about": json.dumps(about)})
-            partial.replace(path)
-        except OSError as error:
-            raise CalibrationError(
-                f"{path}: cannot be written: {error.strerror or error}. "
-                "Free space or choose another path."
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, CalibrationError) as temporary:
+            save_file(arrays, temporary, metadata={"about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path | str) -> "Statistics":

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from converters.output import replacing
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import base_logits
 from edgeq.evaluation import chunks as chunking
@@ -18,7 +19,6 @@ from edgeq.evaluation.compact_logits import (
     CompactWriter,
     is_compact_file,
 )
-from edgeq.evaluation.output import replacing
 from edgeq.evaluation.references import BaseReference, ModelReference, Reference
 from edgeq.evaluation.statistics import Estimate, mean
 from edgeq.runtime.model import Model, Tokens
@@ -126,7 +126,7 @@ def store_reference(
         cut = chunks_of(model, text, n_ctx, chunks)
         following = chunking.next_tokens(cut)
         nll = np.empty(following.shape, np.float64)
-        with replacing(path) as file:
+        with replacing(path, EvaluationError) as temporary, temporary.open("wb") as file:
             writer = (
                 CompactWriter(file, model, cut, max_fraction)
                 if kind == "compact"
