@@ -94,10 +94,18 @@ class Inspection:
         for title, values in (("provenance", self.provenance), ("metadata", self.metadata)):
             if values:
                 lines += ["", f"{title}:"]
-                lines += [f"  {key} = {_preview(value)}" for key, value in values.items()]
+                lines += [
+                    f"  {_printable(key)} = {_printable(_preview(value))}"
+                    for key, value in values.items()
+                ]
         if self.differences is not None:
             lines += ["", _differences_text(self.differences)]
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Escape what a hostile file could control the terminal with."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _preview(value: Any) -> str:
@@ -112,7 +120,11 @@ def _differences_text(differences: Sequence[TensorDifference]) -> str:
     if not differences:
         return "The tensors of both files are equal, byte for byte."
     rows = [
-        [d.name, d.change, "" if d.relative_error is None else f"{d.relative_error:.3e}"]
+        [
+            _printable(d.name),
+            d.change,
+            "" if d.relative_error is None else f"{d.relative_error:.3e}",
+        ]
         for d in differences
     ]
     return markdown_table([f"{len(differences)} tensors differ", "how", "relative error"], rows)
@@ -145,9 +157,12 @@ def inspect(path: Path, *, against: Path | None = None, metadata: bool = False) 
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
+    """Return a metadata value as JSON knows it; NaN and infinities are spelled out."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def _decoded(value: Any) -> Any:
