@@ -13,11 +13,17 @@ from converters.imatrix_file import write_imatrix
 from edgeq import allocation, provenance
 from edgeq.console import Steps
 from edgeq.errors import EvaluationError, RecipeError
-from edgeq.evaluation import Speed
+from edgeq.evaluation import Speed, measure_speeds, store_reference
 from edgeq.evaluation import evaluate as evaluate_file
-from edgeq.evaluation import measure_speeds, store_reference
+from edgeq.evaluation.chunks import MIN_CTX
 from edgeq.evaluation.store import stored_chunks
-from edgeq.opening import SourceChoice, counting, open_reference, prepare_texts
+from edgeq.opening import (
+    SourceChoice,
+    check_output,
+    counting,
+    open_reference,
+    prepare_texts,
+)
 from edgeq.pipeline import calibrate as calibrate_reference
 from edgeq.pipeline import size_of
 from edgeq.quantizers import QUANTIZERS
@@ -46,6 +52,7 @@ def convert(
     ConversionError
         The model cannot be read or converted, or is a GGUF file already.
     """
+    check_output(out, ())
     with steps.step("convert") as progress:
         path = resolve_model(model)
         if not path.is_dir():
@@ -83,6 +90,7 @@ def calibrate(
     steps: Steps,
 ) -> Written:
     """Write the importance matrix of a model on a text."""
+    check_output(out, (model, *texts.files))
     with WorkDirectory(source.work) as work:
         reference = open_reference(model, source, work, steps)
         text = prepare_texts(
@@ -127,6 +135,9 @@ def write_plan(
     steps: Steps,
 ) -> Written:
     """Write which type every tensor gets, and optionally the file for stock llama-quantize."""
+    for path in (out, tensor_type_file):
+        if path is not None:
+            check_output(path, (model,))
     with WorkDirectory(source.work) as work:
         reference = open_reference(model, source, work, steps)
         plan = allocation.allocate(reference.file, preset, has_imatrix=use_imatrix)
@@ -161,6 +172,10 @@ def evaluate(
     EvaluationError
         The text does not fit, or a file was calibrated on it and that is not forced.
     """
+    if n_ctx is not None and n_ctx < MIN_CTX:
+        raise EvaluationError(f"--ctx: got {n_ctx}, expected {MIN_CTX} or more.")
+    if save_logits is not None:
+        check_output(save_logits, (reference, *files, *texts))
     stored = Path(reference)
     if stored.is_file() and (rows := stored_chunks(stored)) is not None:
         if save_logits is not None:

@@ -1,8 +1,9 @@
 """The first two steps of every command: the float reference, and the texts for it."""
 
+import glob
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 import edgeq
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert
+from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
 from converters.hub import resolve_model
 from edgeq.console import Progress, Steps
@@ -24,6 +26,12 @@ from edgeq.texts import Manifest, Part, check_unused, prepare, read_sources, sam
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_EXPONENT_BITS = {  # all of them set: NaN or infinite
+    GGMLQuantizationType.F32: ("<u4", 0x7F800000),
+    GGMLQuantizationType.F16: ("<u2", 0x7C00),
+    GGMLQuantizationType.BF16: ("<u2", 0x7F80),
+}
+_FINITE_STEP = 1 << 22  # weights looked at in one go
 AUTO_CHUNKS = 32
 
 
@@ -50,6 +58,30 @@ class Reference:
         return self.file.paths[0]
 
 
+def check_output(out: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse, before any work, to write where nothing can be or over a file that is read.
+
+    Parameters
+    ----------
+    out : the file, or of a file in parts the name without their numbers
+    inputs : what the run reads: models, plans, texts as the command line names them
+
+    Raises
+    ------
+    RecipeError
+    """
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out}: there is no directory {out.parent}. Make it first.")
+    parts = out.parent.glob(f"{glob.escape(out.stem)}-?????-of-?????.gguf")
+    written = [path for path in (out, *parts) if path.exists()]
+    read = [_text_path(str(path)) for path in inputs if path is not None]
+    for path in read:
+        if path.exists() and any(path.samefile(other) for other in written):
+            raise RecipeError(
+                f"{out}: the output would overwrite {path}, which is read. Give another name."
+            )
+
+
 def open_reference(
     model: str, source: SourceChoice, work: WorkDirectory, steps: Steps
 ) -> Reference:
@@ -63,7 +95,7 @@ def open_reference(
         It is quantized already, and that is not allowed.
     """
     with steps.step("open") as progress:
-        path = resolve_model(model)
+        path = resolved = resolve_model(model)
         if path.is_dir():
             checkpoint = open_checkpoint(path, allow_pickle=source.allow_pickle)
             n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
@@ -84,7 +116,27 @@ def open_reference(
                 "or BF16. Give the float model, or accept a second rounding with "
                 "--allow-requantize."
             )
+        if path == resolved:  # a conversion has looked at every weight already
+            _check_finite(file)
         return Reference(file, file.sha256())
+
+
+def _check_finite(file: GgufFile) -> None:
+    """Refuse NaN and infinite weights by name; quantized tensors are left to the quantizer."""
+    for name, tensor in file.tensors.items():
+        if tensor.qtype not in _EXPONENT_BITS:
+            continue
+        dtype, mask = _EXPONENT_BITS[tensor.qtype]
+        weights = file.read_bytes(name).reshape(-1).view(dtype)
+        for start in range(0, len(weights), _FINITE_STEP):
+            bad = np.flatnonzero((weights[start : start + _FINITE_STEP] & mask) == mask)
+            if len(bad):
+                place = np.unravel_index(start + int(bad[0]), tensor.shape)
+                raise ConversionError(
+                    f"{tensor.path}: {name}: the weight at {[int(i) for i in place]} is NaN or "
+                    "infinite, expected a finite number. The file is damaged: fetch or convert it "
+                    "again."
+                )
 
 
 def counting(progress: Progress, total: int) -> Callable[[int], None]:
@@ -165,10 +217,16 @@ def prepare_texts(
         return _load(path)
 
 
-def _text_sha256(argument: str) -> str:
+def _text_path(argument: str) -> Path:
+    """Return the file of ``FILE`` or ``FILE@WEIGHT``."""
     path = Path(argument)
     if not path.exists() and "@" in argument:
         path = Path(argument.rpartition("@")[0])
+    return path
+
+
+def _text_sha256(argument: str) -> str:
+    path = _text_path(argument)
     return file_sha256(path) if path.is_file() else ""
 
 

@@ -26,6 +26,7 @@ from edgeq.opening import (
     SourceChoice,
     Texts,
     UsedText,
+    check_output,
     counting,
     open_reference,
     prepare_texts,
@@ -34,7 +35,7 @@ from edgeq.opening import (
 from edgeq.quantizers import QUANTIZERS, Quantizer, quantize_tensor
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Report
-from edgeq.runtime.presets import MixOptions, quantize_with_llama_cpp
+from edgeq.runtime.presets import MixOptions, find_preset, quantize_with_llama_cpp
 from edgeq.workdir import WorkDirectory, file_name, replacing, save_arrays
 
 Importances = dict[str, npt.NDArray[np.float32]]
@@ -49,8 +50,11 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         Whatever the user can mend; an existing output is then untouched.
     """
     quantizer: Quantizer = QUANTIZERS.get(recipe.quantizer)()
+    if recipe.plan is None:
+        find_preset(recipe.preset)
     with WorkDirectory(recipe.work_directory) as work:
         reference = _open(recipe, work, steps)
+        _check_given(recipe, reference)
         texts = _texts(recipe, reference, work, steps)
         imatrix = _imatrix(recipe, reference, texts, work, steps)
         plan = _plan(recipe, reference, imatrix, work, steps)
@@ -73,6 +77,16 @@ def _open(recipe: Recipe, work: WorkDirectory, steps: Steps) -> Reference:
     return open_reference(recipe.model, source, work, steps)
 
 
+def _check_given(recipe: Recipe, reference: Reference) -> None:
+    """Refuse at once, not after a calibration, what was given and does not fit the model."""
+    read = (*reference.file.paths, recipe.imatrix, recipe.plan, *recipe.texts.files)
+    check_output(recipe.out, read)
+    imatrix = _given_imatrix(recipe, reference)
+    plan = _planned(recipe, reference, has_imatrix=recipe.use_imatrix)
+    if imatrix is not None or not recipe.use_imatrix:
+        _check_importances(plan, reference, imatrix)
+
+
 def _texts(recipe: Recipe, reference: Reference, work: WorkDirectory, steps: Steps) -> Texts:
     return prepare_texts(
         recipe.texts,
@@ -89,13 +103,17 @@ def _imatrix(
     recipe: Recipe, reference: Reference, texts: Texts, work: WorkDirectory, steps: Steps
 ) -> Imatrix | None:
     """Return the importance matrix that was given, or calibrate; None without one."""
-    if recipe.imatrix is not None:
-        given = read_imatrix(recipe.imatrix)
-        check_matches(given, matrix_sizes(reference.file), str(recipe.imatrix))
-        return given
     if texts.calibration is None:
-        return None
+        return _given_imatrix(recipe, reference)
     return calibrate(reference, texts.calibration, work, steps, n_threads=recipe.n_threads)
+
+
+def _given_imatrix(recipe: Recipe, reference: Reference) -> Imatrix | None:
+    if recipe.imatrix is None:
+        return None
+    given = read_imatrix(recipe.imatrix)
+    check_matches(given, matrix_sizes(reference.file), str(recipe.imatrix))
+    return given
 
 
 def calibrate(
@@ -162,15 +180,21 @@ def _plan(
 ) -> Plan:
     """Read the plan that was given, or let llama.cpp's preset decide; kept as ``plan.json``."""
     with steps.step("allocate"):
-        if recipe.plan is not None:
-            plan = allocation.read_plan(recipe.plan, reference.file)
-        else:
-            has_imatrix = imatrix is not None
-            plan = allocation.allocate(reference.file, recipe.preset, has_imatrix=has_imatrix)
-        known = imatrix.sums if imatrix is not None else {}
-        plan.check_importances(reference.file, lambda name: name in known)
+        plan = _planned(recipe, reference, has_imatrix=imatrix is not None)
+        _check_importances(plan, reference, imatrix)
         plan.write(work.path / "plan.json")
     return plan
+
+
+def _planned(recipe: Recipe, reference: Reference, *, has_imatrix: bool) -> Plan:
+    if recipe.plan is not None:
+        return allocation.read_plan(recipe.plan, reference.file)
+    return allocation.allocate(reference.file, recipe.preset, has_imatrix=has_imatrix)
+
+
+def _check_importances(plan: Plan, reference: Reference, imatrix: Imatrix | None) -> None:
+    known = imatrix.sums if imatrix is not None else {}
+    plan.check_importances(reference.file, lambda name: name in known)
 
 
 def _quantize(
@@ -189,6 +213,7 @@ def _quantize(
     """
     parts: dict[str, Path] = {}
     layers = _layers(plan, reference.file)
+    made_by = provenance.versions(QUANTIZERS.plugins[recipe.quantizer].origin)
     with steps.step("quantize") as progress:
         for done, (layer, entries) in enumerate(layers.items(), start=1):
 
@@ -213,7 +238,7 @@ def _quantize(
                     "reference": reference.sha256,
                     "importances": weighed_by,
                     "quantizer": recipe.quantizer,
-                    "versions": provenance.versions(),
+                    "versions": made_by,
                     "types": {entry.name: entry.qtype.name for entry in entries},
                 },
                 make,

@@ -17,6 +17,7 @@ from converters.gguf_file import Field, GgufFile
 from converters.imatrix_file import Imatrix
 from edgeq.allocation import Plan
 from edgeq.opening import Reference, Texts, UsedText
+from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe
 from edgeq.texts import Manifest
 
@@ -26,10 +27,10 @@ SKETCH_FRACTION = 64
 SKETCH_KEY = "edgeq.calibration.sketch"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of everything that shapes the bytes."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of everything that shapes the bytes, and of `more` distributions."""
     found = {}
-    for name in _VERSIONED:
+    for name in (*_VERSIONED, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -52,7 +53,7 @@ def describe(
             if part is not None
         },
         "plan": {"preset": plan.preset, "bpw": round(plan.bpw, 4)},
-        "versions": versions(),
+        "versions": versions(QUANTIZERS.plugins[recipe.quantizer].origin),
     }
 
 
@@ -106,7 +107,7 @@ def calibration_manifest(file: GgufFile) -> Manifest | None:
     if not isinstance(sketch, list):
         return None
     return Manifest(
-        name=f"calibration text of {file.path.name}",
+        name=f"{file.path.name} calibration",  # completed with "text" in messages
         sha256="",
         n_tokens=0,
         chunks=(),

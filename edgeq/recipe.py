@@ -35,6 +35,8 @@ class TextChoice:
     force: bool = False
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise RecipeError(f"--seed: got {self.seed}, expected 0 or more.")
         if AUTO_TEXT in self.calibration and len(self.calibration) > 1:
             raise RecipeError("--text: auto stands alone; leave it out or leave the files out.")
         if self.n_ctx < 32:
@@ -110,6 +112,7 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """Return what shapes the bytes of the output, for its provenance."""
-        placing = ("out", "work", "n_threads", "prove", "baseline", "allow_pickle")
+        # prove is not among them: it decides whether a part of the text is held out
+        placing = ("out", "work", "n_threads", "baseline", "allow_pickle")
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in placing}
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
