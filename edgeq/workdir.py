@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,11 +34,6 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(inputs: Inputs) -> str:
-    """Return a hash of `inputs` that does not depend on the order of their keys."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def save_arrays(
@@ -88,7 +82,8 @@ def replacing(path: Path) -> Iterator[Path]:
             "Choose another place or free some space."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none where there is no such directory
+            temporary.unlink()
 
 
 class WorkDirectory:
@@ -189,11 +184,3 @@ class WorkDirectory:
             return bool(known["inputs"] == wanted and known["sha256"] == file_sha256(path))
         except (OSError, ValueError, KeyError, TypeError):
             return False
-
-    def clear(self) -> None:
-        """Delete every artefact; the lock stays."""
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
