@@ -328,11 +328,12 @@ def _prove(
 def _baseline(
     recipe: Recipe, reference: Reference, plan: Plan, importances: Importances | None, out: Path
 ) -> None:
-    options = None if recipe.plan is None else MixOptions(overrides=allocation.overrides(plan))
+    is_given = recipe.plan is not None  # overrides count only where the preset quantizes at all
+    options = MixOptions(overrides=allocation.overrides(plan)) if is_given else None
     quantize_with_llama_cpp(
         reference.file.path,
         out,
-        plan.preset,
+        "Q8_0" if is_given else plan.preset,
         importances,
         n_threads=recipe.n_threads,
         options=options,
