@@ -232,7 +232,9 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--out", type=_PATH, required=True, help="The plan.json to write.")
-@click.option("--type", "preset", default=DEFAULT_PRESET, show_default=True)
+@click.option(
+    "--type", "preset", default=DEFAULT_PRESET, show_default=True, help="llama.cpp file type."
+)
 @click.option("--no-imatrix", is_flag=True, help="Plan for rounding without calibration.")
 @click.option("--tensor-type-file", type=_PATH, help="Also write the types for llama-quantize.")
 @_input
