@@ -1,5 +1,7 @@
 import functools
 import importlib.util
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +231,29 @@ def test_activations_that_are_not_finite_name_the_tensor(bad, tmp_path):
 
 class _PlannedError(Exception):
     pass
+
+
+def test_an_interrupt_during_a_graph_is_never_lost(models):
+    """Sent by another thread at any moment, in and around the callback."""
+    seen = []
+    observer = Observer(lambda product: seen.append(product.name))
+    tokens = np.arange(64, dtype=np.int32) + 3
+    with Model(models["llama"], n_ctx=64, n_threads=1, cb_eval=observer) as model:
+        model.logits(tokens)
+        n_products = len(seen)
+        for delay_ms in range(10):
+            seen.clear()
+            timer = threading.Timer(
+                delay_ms / 1000, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)
+            )
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the moment is not known
+                timer.start()
+                while True:
+                    seen.clear()
+                    model.logits(tokens)
+                    assert len(seen) == n_products
+            timer.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_exceptions_in_the_callback_stop_the_graph_and_are_raised(models):

@@ -216,8 +216,11 @@ class Model:
         for i, sequence in enumerate(sequences.tolist()):
             batch.seq_id[i][0] = sequence
         np.ctypeslib.as_array(batch.logits, (n,))[:] = wants_logits
-        status = self._llama.llama_decode(self._context, batch)
-        if self._observer is not None:
+        if self._observer is None:
+            status = self._llama.llama_decode(self._context, batch)
+        else:
+            with self._observer.holding_interrupts():
+                status = self._llama.llama_decode(self._context, batch)
             self._observer.raise_error()
         if status != 0:
             raise RuntimeLibraryError(

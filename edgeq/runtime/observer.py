@@ -11,8 +11,11 @@ llama.cpp 0c1e57098: ggml/src/ggml-backend.cpp, ggml_backend_sched_compute_split
 is called); tools/imatrix/imatrix.cpp, filter_tensor_name and IMatrixCollector::collect_imatrix.
 """
 
+import contextlib
 import ctypes
 import functools
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +124,27 @@ class Observer:
         self.skipped: dict[str, str] = {}
         self.stop_after: str | None = None
         self.callback: Any = self._library.llama.ggml_backend_sched_eval_callback(self._on_node)
+
+    @contextlib.contextmanager
+    def holding_interrupts(self) -> Iterator[None]:
+        """Turn Ctrl-C inside the block into an error of this observer, see ``raise_error``.
+
+        Raised as usual it could hit the callback outside of its ``try``: ctypes would only print
+        it, and the input of one product would be missing without a trace.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+
+        def hold(_number: int, _frame: object) -> None:
+            self._error = KeyboardInterrupt()
+
+        signal.signal(signal.SIGINT, hold)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def raise_error(self) -> None:
         """Raise what `on_input` raised since the last call, if anything.
