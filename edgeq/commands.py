@@ -146,7 +146,7 @@ def write_plan(
     if tensor_type_file is not None:
         allocation.write_tensor_type_file(plan, tensor_type_file)
         written.append(tensor_type_file)
-    fallbacks = [entry for entry in plan.entries if "do not divide" in entry.reason]
+    fallbacks = [entry for entry in plan.entries if entry.is_fallback]
     notes = tuple(f"{e.name}: {e.reason}; {e.qtype.name} instead" for e in fallbacks)
     figures = {"tensors": len(plan.entries), "bytes": plan.size_bytes, "bpw": round(plan.bpw, 4)}
     return Written(tuple(written), figures, notes)

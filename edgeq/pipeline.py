@@ -5,6 +5,7 @@ directory, which reuses what still fits.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -393,13 +394,8 @@ def _notes(
 ) -> tuple[str, ...]:
     """Return what the table does not show: fallbacks, unseen experts, forced or reused things."""
     notes = list(texts.notes)
-    fallbacks = [entry for entry in plan.entries if "do not divide" in entry.reason]
-    if fallbacks:
-        types: dict[str, int] = {}
-        for entry in fallbacks:
-            key = f"{entry.reason} → {entry.qtype.name}"
-            types[key] = types.get(key, 0) + 1
-        notes += [f"Fallback for {n} tensors: {what}" for what, n in types.items()]
+    fallbacks = Counter(f"{e.reason} → {e.qtype.name}" for e in plan.entries if e.is_fallback)
+    notes += [f"Fallback, {n} of the tensors: {what}" for what, n in fallbacks.items()]
     unseen = imatrix.unseen() if imatrix is not None else []
     if unseen:
         shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")

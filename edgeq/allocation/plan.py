@@ -43,6 +43,11 @@ class PlanEntry:
     size_bytes: int
     reason: str
 
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the row size, not the preset or a person, chose the type."""
+        return "do not divide" in self.reason
+
 
 @dataclass(frozen=True)
 class Plan:
