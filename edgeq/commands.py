@@ -174,6 +174,8 @@ def evaluate(
     """
     if n_ctx is not None and n_ctx < MIN_CTX:
         raise EvaluationError(f"--ctx: got {n_ctx}, expected {MIN_CTX} or more.")
+    if chunks is not None and chunks < 1:
+        raise EvaluationError(f"--chunks: got {chunks}, expected 1 or more.")
     if save_logits is not None:
         check_output(save_logits, (reference, *files, *texts))
     stored = Path(reference)
@@ -181,6 +183,11 @@ def evaluate(
         if save_logits is not None:
             raise EvaluationError(f"{stored}: holds logits already; leave --save-logits out.")
         with Model(files[0], vocab_only=True) as model:
+            if int(rows.max()) >= model.n_vocab:  # llama.cpp would end the process
+                raise EvaluationError(
+                    f"{stored}: has another vocabulary than {files[0]}; got token {rows.max()}, "
+                    f"expected less than {model.n_vocab}. Compare files of one model."
+                )
             part = make_part(model, "evaluation", rows[:chunks])
         notes = _check_unused(files, part, texts or (reference,), force)
         text = _read_text(files[0], texts, rows.shape[1], chunks) if texts else None

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf_file import open_gguf
 from converters.output import replacing
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import base_logits
@@ -72,7 +73,15 @@ def open_reference(path: Path, n_threads: int | None) -> Reference:
 def open_model(path: Path, n_ctx: int, n_threads: int | None) -> Model:
     """Load a file with room for the sequences of one batch of chunks of `n_ctx` tokens."""
     n_seq = chunking.sequences_at_once(n_ctx)
-    return Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads)
+    model = Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads)
+    n_ctx_train = model.n_ctx_train
+    if n_ctx > n_ctx_train and "position_embd.weight" in open_gguf(path).tensors:
+        model.close()  # there is no row for the position: llama.cpp would end the process
+        raise EvaluationError(
+            f"{path}: chunks of {n_ctx} tokens; the model was trained on at most {n_ctx_train}. "
+            "Choose shorter chunks."
+        )
+    return model
 
 
 def chunks_of(model: Model, text: str | Tokens, n_ctx: int, limit: int | None) -> Tokens:
