@@ -87,6 +87,7 @@ def _conversations(path: Path, text: str) -> list[list[Message]]:
             continue
         try:
             value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
         except (ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"{path}: line {number} is not JSON ({error}). One conversation a line is expected."
