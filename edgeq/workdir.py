@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from safetensors.numpy import save_file
 from edgeq.errors import RecipeError
 
 logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{8})?\.tmp")  # as `replacing` and write_gguf name them
 
 Inputs = Mapping[str, Any]
 """JSON values that an artefact depends on: hashes, settings, versions."""
@@ -112,8 +115,10 @@ class WorkDirectory:
                 "Give another one with --work."
             ) from error
         self._acquire(self._lock)
-        for stale in self.path.rglob(".*.tmp"):  # left by a killed run; we hold the lock
-            stale.unlink(missing_ok=True)
+        # left by a killed run; we hold the lock. No deeper: the directory may be the user's own
+        for stale in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+            if _TEMPORARY.fullmatch(stale.name):
+                stale.unlink(missing_ok=True)
         return self
 
     def _acquire(self, lock: TextIO) -> None:
