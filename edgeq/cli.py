@@ -222,7 +222,7 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
     from edgeq.opening import SourceChoice
 
     return SourceChoice(
-        work=options["work"] or out.with_suffix(".edgeq"),
+        work=options["work"] or out.parent / f"{out.stem}.edgeq",
         allow_requantize=options["allow_requantize"],
         allow_pickle=options["allow_pickle"],
         n_threads=options["threads"],

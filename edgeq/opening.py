@@ -211,6 +211,7 @@ def prepare_texts(
                 "parts": maker.wanted,
                 "choice": {**vars(choice)},
                 "files": {name: _text_sha256(name) for name in choice.files},
+                "edgeq": edgeq.__version__,
             },
             lambda out: maker.make(out, progress),
         )
