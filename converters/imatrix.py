@@ -35,6 +35,7 @@ class Imatrix:
     datasets : the texts it was computed on, as told
     chunk_count : chunks of text
     chunk_size : tokens of a chunk
+    sketch : hashes of some passages of the text it was computed on; None: nobody told
     """
 
     sums: dict[str, FloatArray]
@@ -42,6 +43,7 @@ class Imatrix:
     datasets: tuple[str, ...]
     chunk_count: int
     chunk_size: int
+    sketch: tuple[int, ...] | None = None
 
     def weights(self, name: str, n_in: int | None = None) -> FloatArray:
         """Return the mean squares of `name`, the numbers that llama-quantize uses.

@@ -11,6 +11,7 @@ common_imatrix_load.
 
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +20,20 @@ from converters.imatrix import CountArray, FloatArray, Imatrix, check_matches, m
 from converters.imatrix_dat import dat_bytes, read_dat
 from converters.output import replacing
 
-__all__ = ["Imatrix", "check_matches", "merge_imatrices", "read_imatrix", "write_imatrix"]
+if TYPE_CHECKING:
+    from converters.gguf_file import GgufFile
+
+__all__ = [
+    "SKETCH_KEY",
+    "Imatrix",
+    "check_matches",
+    "merge_imatrices",
+    "read_imatrix",
+    "sketch_of",
+    "write_imatrix",
+]
+
+SKETCH_KEY = "edgeq.calibration.sketch"
 
 SUMS_SUFFIX = ".in_sum2"
 COUNTS_SUFFIX = ".counts"
@@ -128,7 +142,16 @@ def _read_gguf(path: Path) -> Imatrix:
             f"{path}: imatrix.datasets, .chunk_count or .chunk_size has another type than a list "
             "of texts and two integers. Compute the importance matrix again."
         )
-    return Imatrix(sums, counts, tuple(str(each) for each in datasets), chunks, size)
+    names = tuple(str(each) for each in datasets)
+    return Imatrix(sums, counts, names, chunks, size, sketch_of(file))
+
+
+def sketch_of(file: "GgufFile") -> tuple[int, ...] | None:
+    """Return the hashes of its calibration text that a file keeps; None: it keeps none."""
+    sketch = file.value(SKETCH_KEY)
+    if not isinstance(sketch, list) or not all(isinstance(item, int) for item in sketch):
+        return None
+    return tuple(item & 0xFFFFFFFFFFFFFFFF for item in sketch)
 
 
 def _gguf_entry(
@@ -165,6 +188,8 @@ def _write_gguf(path: Path, imatrix: Imatrix) -> None:
         "imatrix.chunk_count": Field(imatrix.chunk_count, GGUFValueType.UINT32),
         "imatrix.chunk_size": Field(imatrix.chunk_size, GGUFValueType.UINT32),
     }
+    if imatrix.sketch is not None:
+        fields[SKETCH_KEY] = Field(list(imatrix.sketch), GGUFValueType.ARRAY, GGUFValueType.UINT64)
     tensors = []
     for name in sorted(imatrix.sums):
         sums = imatrix.sums[name].astype(np.float32)

@@ -33,6 +33,7 @@ _EXPONENT_BITS = {  # all of them set: NaN or infinite
 }
 _FINITE_STEP = 1 << 22  # weights looked at in one go
 AUTO_CHUNKS = 32
+SKETCH_FRACTION = 64
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,17 @@ def open_reference(
             checkpoint = open_checkpoint(path, allow_pickle=source.allow_pickle)
             n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
             # auto makes F16 of a float32 checkpoint, as llama.cpp does; a reference stays exact
-            is_f32 = all(tensor.dtype == "F32" for tensor in checkpoint.tensors.values())
-            ftype = "f32" if is_f32 else "auto"
+            dtypes = {t.dtype for t in checkpoint.tensors.values() if len(t.shape) > 1}
+            ftype = min(dtypes).lower() if dtypes in ({"F16"}, {"BF16"}) else "f32"
             report = counting(progress, n_bytes)
             path = work.artefact(
                 "reference.gguf",
-                {"checkpoint": checkpoint.fingerprint(), "edgeq": edgeq.__version__},
+                {
+                    "checkpoint": checkpoint.fingerprint(),
+                    "name": path.resolve().name,  # it becomes general.name
+                    "type": ftype,
+                    "edgeq": edgeq.__version__,
+                },
                 lambda out: convert(checkpoint, out, ftype=ftype, progress=report),
             )
         file = open_gguf(path)
@@ -165,6 +171,12 @@ class UsedText:
     rows: Tokens
     manifest: Manifest
     names: tuple[str, ...]
+
+    @property
+    def sketch(self) -> tuple[int, ...]:
+        """One in 64 hashes of its passages: what a file remembers of its calibration text."""
+        windows = self.manifest.windows
+        return tuple(windows[windows % np.uint64(SKETCH_FRACTION) == 0].tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@
 directory, which reuses what still fits.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-import edgeq
 from converters.gguf_file import GgufFile, TensorSource, open_gguf, tensor_bytes, write_gguf
 from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
 from edgeq import allocation, provenance
@@ -58,6 +58,7 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         _check_given(recipe, reference)
         texts = _texts(recipe, reference, work, steps)
         imatrix = _imatrix(recipe, reference, texts, work, steps)
+        told = provenance.check_judging_text(recipe, reference, texts, imatrix)
         plan = _plan(recipe, reference, imatrix, work, steps)
         importances = _importances(imatrix, reference.file)
         weighed_by = None if importances is None else values_sha256(importances)
@@ -67,7 +68,7 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         fields = provenance.fields(reference, plan, imatrix, name, texts, made_by)
         paths = _write(recipe, reference, plan, layers, fields, steps)
         files = _prove(recipe, reference, texts, plan, importances, weighed_by, paths, work, steps)
-        report = Report(made_by, files, steps.seconds, _notes(plan, imatrix, texts, work))
+        report = Report(made_by, files, steps.seconds, (*told, *_notes(plan, imatrix, texts, work)))
         with replacing(work.path / "report.json") as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     return report
@@ -128,6 +129,18 @@ def calibrate(
 ) -> Imatrix:
     """Run the text through the reference and sum up the inputs of its weights."""
     with steps.step("calibrate") as progress:
+
+        def observe(out: Path) -> None:
+            found = collect(
+                reference.path,
+                text.rows,
+                datasets=text.names,
+                output_tensor=process_output,
+                n_threads=n_threads,
+                progress=progress,
+            )
+            write_imatrix(out, dataclasses.replace(found.imatrix, sketch=text.sketch))
+
         path = work.artefact(
             "imatrix.gguf",
             {
@@ -135,19 +148,9 @@ def calibrate(
                 "text": text.manifest.sha256,
                 "datasets": text.names,
                 "process_output": process_output,
-                "edgeq": edgeq.__version__,
+                "versions": provenance.versions(),
             },
-            lambda out: write_imatrix(
-                out,
-                collect(
-                    reference.path,
-                    text.rows,
-                    datasets=text.names,
-                    output_tensor=process_output,
-                    n_threads=n_threads,
-                    progress=progress,
-                ).imatrix,
-            ),
+            observe,
         )
         return read_imatrix(path)
 

@@ -14,17 +14,16 @@ import numpy as np
 from gguf.constants import GGUFValueType
 
 from converters.gguf_file import Field, GgufFile
-from converters.imatrix_file import Imatrix
+from converters.imatrix_file import SKETCH_KEY, Imatrix, sketch_of
 from edgeq.allocation import Plan
-from edgeq.opening import Reference, Texts, UsedText
+from edgeq.errors import EvaluationError
+from edgeq.opening import Reference, Texts
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe
 from edgeq.texts import Manifest
 
 _VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml/include/ggml.h
-SKETCH_FRACTION = 64
-SKETCH_KEY = "edgeq.calibration.sketch"
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -90,21 +89,17 @@ def fields(
                 if name == "calibration"
             }
         out[f"edgeq.{key}"] = Field(json.dumps(value, sort_keys=True), string)
-    if texts.calibration is not None:
-        out[SKETCH_KEY] = _sketch_field(texts.calibration)
+    sketches = (imatrix.sketch if imatrix is not None else None, sketch_of(reference.file))
+    known = {item for sketch in sketches if sketch is not None for item in sketch}
+    if known:
+        out[SKETCH_KEY] = Field(sorted(known), GGUFValueType.ARRAY, GGUFValueType.UINT64)
     return out
-
-
-def _sketch_field(text: UsedText) -> Field:
-    windows = text.manifest.windows
-    kept = windows[windows % np.uint64(SKETCH_FRACTION) == 0]
-    return Field(kept.tolist(), GGUFValueType.ARRAY, GGUFValueType.UINT64)
 
 
 def calibration_manifest(file: GgufFile) -> Manifest | None:
     """Return what a file says it was calibrated on; None if it says nothing."""
-    sketch = file.value(SKETCH_KEY)
-    if not isinstance(sketch, list):
+    sketch = sketch_of(file)
+    if sketch is None:
         return None
     return Manifest(
         name=f"{file.path.name} calibration",  # completed with "text" in messages
@@ -113,3 +108,42 @@ def calibration_manifest(file: GgufFile) -> Manifest | None:
         chunks=(),
         windows=np.array(sketch, np.uint64),
     )
+
+
+def check_judging_text(
+    recipe: Recipe, reference: Reference, texts: Texts, imatrix: Imatrix | None
+) -> tuple[str, ...]:
+    """Refuse evaluation text that a given importance matrix, or the source, was calibrated on.
+
+    Returns
+    -------
+    sentences for the report
+
+    Raises
+    ------
+    EvaluationError
+        The texts share passages, and that is not forced.
+    """
+    if texts.evaluation is None:
+        return ()
+    notes = []
+    earlier = {str(reference.path): sketch_of(reference.file)}
+    if recipe.imatrix is not None and imatrix is not None:
+        earlier[str(recipe.imatrix)] = imatrix.sketch
+        if imatrix.sketch is None:
+            notes.append(
+                f"{recipe.imatrix} does not tell its text: it may hold the text judged on."
+            )
+    for where, sketch in earlier.items():
+        known = np.array(sketch or (), np.uint64)
+        n_shared = int(np.isin(texts.evaluation.manifest.windows, known).sum())
+        if n_shared == 0:
+            continue
+        told = (
+            f"{where}: was calibrated on the evaluation text; {n_shared} of the "
+            f"{len(known)} passages that it remembers are in it"
+        )
+        if not recipe.texts.force:
+            raise EvaluationError(f"{told}. Give other text, or insist with --force.")
+        notes.append(f"Judged on calibration text: {told}.")
+    return tuple(notes)

@@ -138,9 +138,10 @@ class WorkDirectory:
                 f"{self.path}: in use by {owner}. Wait for it to end or give another directory "
                 "with --work."
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full device: the lock holds without the name
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}")
+            lock.flush()
 
     def __exit__(
         self,

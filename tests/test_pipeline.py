@@ -244,7 +244,10 @@ def test_nothing_of_an_earlier_making_stays(exported, tmp_path):
     flags = ("--type", "Q8_0", "--no-imatrix", "--no-prove", "--allow-requantize")
     done("export", exported[0], out, *flags)
     told = done("inspect", out, "--json").json()["provenance"]
-    assert not [key for key in told if key.startswith(("quantize.", "edgeq.calibration"))]
+    assert not [key for key in told if key.startswith("quantize.")]
+    source = done("inspect", exported[0], "--json").json()["provenance"]
+    # but what it was calibrated on once stays known
+    assert told["edgeq.calibration.sketch"] == source["edgeq.calibration.sketch"]
     assert told["edgeq.source"]["sha256"] == open_gguf(exported[0]).sha256()
     assert told["edgeq.texts"] == {}
 
@@ -285,6 +288,21 @@ def test_the_held_out_part_was_not_calibrated_on(exported):
     assert not [note for note in report["notes"] if "calibration" in note]
 
 
+def test_an_imatrix_remembers_the_text_it_was_made_of(tiny, texts, tmp_path):
+    imatrix, out = tmp_path / "imatrix.gguf", tmp_path / "out.gguf"
+    done("calibrate", tiny, "-o", imatrix, "--text", texts[0], "--ctx", "256")
+    command = ("export", tiny, out, "--imatrix", imatrix, "--ctx", "256", "--eval-chunks", "2")
+    line = refused(*command, "--eval-text", texts[0])
+    assert "imatrix.gguf: was calibrated on the evaluation text" in line
+    assert not out.exists()
+    forced = done(*command, "--eval-text", texts[0], "--force", "--json").json()
+    assert any(note.startswith("Judged on calibration text") for note in forced["notes"])
+    other = done(*command, "--eval-text", texts[1], "--json").json()
+    assert not any("calibration text" in note for note in other["notes"])
+    judged = ("--reference", tiny, "--text", texts[0], "--ctx", "256", "--no-speed")
+    assert "with the out.gguf calibration text" in refused("evaluate", out, *judged)
+
+
 def test_evaluate_does_not_judge_a_file_on_its_calibration_text(exported, tiny, texts, tmp_path):
     out = exported[0]
     copied = tmp_path / "renamed.txt"
@@ -323,4 +341,4 @@ def test_the_sketch_is_a_sample_of_the_windows(exported):
     manifest = provenance.calibration_manifest(open_gguf(exported[0]))
     assert manifest is not None
     assert len(manifest.windows) > 0
-    assert np.all(manifest.windows % np.uint64(provenance.SKETCH_FRACTION) == 0)
+    assert np.all(manifest.windows % np.uint64(opening.SKETCH_FRACTION) == 0)
