@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from converters.gguf_file import open_gguf
-from edgeq import pipeline, provenance
+from edgeq import opening, pipeline, provenance
 from edgeq.quantizers import quantize_tensor
 from edgeq.workdir import WorkDirectory
 from tests import tiny_gguf
