@@ -89,12 +89,12 @@ def cli() -> None:
     """Export language models to GGUF files that stock llama.cpp runs, calibrated and proven."""
 
 
-def _start(verbose: int, quiet_bars: bool = False) -> Steps:
+def _start(verbose: int) -> Steps:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for name in ("edgeq", "converters"):
         logging.getLogger(name).setLevel(level)
-    return Steps(bars=False if quiet_bars else None)
+    return Steps()
 
 
 def _show(as_json: bool, result: dict[str, Any], text: str) -> None:

@@ -275,8 +275,10 @@ def _measured(
             timings = list[Speed | None](
                 measure_speeds(files, n_threads=source.n_threads, progress=progress)
             )
+    names = [path.name for path in files]
     for path, judged, timing in zip(files, evaluations, timings, strict=True):
-        rows.append(FileResult(path.name, path, *size_of(path), judged, timing))
+        label = path.name if names.count(path.name) == 1 else str(path)
+        rows.append(FileResult(label, path, *size_of(path), judged, timing))
     return Measured(tuple(rows), steps.seconds, notes)
 
 

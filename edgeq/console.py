@@ -19,16 +19,13 @@ class Steps:
     seconds : name → wall time of each finished step
     """
 
-    def __init__(self, *, bars: bool | None = None, on_start: Callable[[str], None] | None = None):
-        self._bars = sys.stderr.isatty() if bars is None else bars
-        self._on_start = on_start
+    def __init__(self) -> None:
+        self._bars = sys.stderr.isatty()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Progress]:
         """Time the block as `name` and give the function that it reports progress to."""
-        if self._on_start is not None:
-            self._on_start(name)
         started = time.perf_counter()
         try:
             if self._bars:

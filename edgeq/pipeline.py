@@ -353,7 +353,6 @@ def measure(
     *,
     n_ctx: int,
     n_threads: int | None = None,
-    speed: bool = True,
 ) -> tuple[FileResult, ...]:
     """Judge files against the reference on a text, and time all of them in one interleaved run."""
     evaluations = {}
@@ -368,10 +367,8 @@ def measure(
                 progress=progress,
             )
     timed = [*files.values(), reference.path]
-    speeds: Sequence[Any] = [None] * len(timed)
-    if speed:
-        with steps.step("time") as progress:
-            speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
+    with steps.step("time") as progress:
+        speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
     rows = [
         FileResult(label, path, *size_of(path), evaluations[label], timing)
         for (label, path), timing in zip(files.items(), speeds, strict=False)

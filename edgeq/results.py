@@ -111,6 +111,7 @@ class Measured:
         return {
             "schema": REPORT_SCHEMA,
             "files": [file.as_json() for file in self.files],
+            "comparisons": comparisons(self.files),
             "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
             "notes": list(self.notes),
         }
@@ -160,6 +161,7 @@ class Report:
             "schema": REPORT_SCHEMA,
             "provenance": dict(self.provenance),
             "files": [file.as_json() for file in self.files],
+            "comparisons": comparisons(self.files),
             "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
             "notes": list(self.notes),
         }

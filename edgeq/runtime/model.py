@@ -143,10 +143,6 @@ class Model:
         )
         return np.flatnonzero(attributes & llama.LLAMA_TOKEN_ATTR_NORMAL).astype(np.int32)
 
-    def is_end(self, token: int) -> bool:
-        """Whether `token` ends a generation."""
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
-
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> Tokens:
