@@ -20,8 +20,8 @@ from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_
 from edgeq import allocation, provenance
 from edgeq.allocation import Plan, PlanEntry
 from edgeq.calibration import collect
-from edgeq.console import Steps
-from edgeq.evaluation import evaluate, measure_speeds
+from edgeq.console import Progress, Steps
+from edgeq.evaluation import Evaluation, evaluate, measure_speeds
 from edgeq.opening import (
     Reference,
     SourceChoice,
@@ -319,14 +319,7 @@ def _prove(
     text = texts.evaluation
     if not recipe.prove or text is None:
         return tuple(_unmeasured(label, path) for label, path in files.items())
-    return measure(
-        files,
-        reference,
-        text.rows,
-        steps,
-        n_ctx=recipe.texts.n_ctx,
-        n_threads=recipe.n_threads,
-    )
+    return _measure(files, reference, text, work, steps, recipe.n_threads)
 
 
 def _baseline(
@@ -345,27 +338,41 @@ def _baseline(
     )
 
 
-def measure(
+def _measure(
     files: dict[str, Path],
     reference: Reference,
-    text: Any,
+    text: UsedText,
+    work: WorkDirectory,
     steps: Steps,
-    *,
-    n_ctx: int,
-    n_threads: int | None = None,
+    n_threads: int | None,
 ) -> tuple[FileResult, ...]:
     """Judge files against the reference on a text, and time all of them in one interleaved run."""
     evaluations = {}
-    for label, path in files.items():
+    for number, (label, path) in enumerate(files.items()):
         with steps.step("evaluate") as progress:
-            evaluations[label] = evaluate(
-                path,
-                text,
-                reference.path,
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                progress=progress,
+
+            def judge(out: Path, path: Path = path, progress: Progress = progress) -> None:
+                found = evaluate(
+                    path,
+                    text.rows,
+                    reference.path,
+                    n_ctx=text.rows.shape[1],
+                    n_threads=n_threads,
+                    progress=progress,
+                )
+                out.write_text(json.dumps(found.to_json()))
+
+            stored = work.artefact(
+                f"evaluation-{number}.json",
+                {
+                    "file": [str(path), open_gguf(path).sha256()],
+                    "reference": [str(reference.path), reference.sha256],
+                    "text": text.manifest.sha256,
+                    "versions": provenance.versions(),
+                },
+                judge,
             )
+            evaluations[label] = Evaluation.from_json(json.loads(stored.read_text()))
     timed = [*files.values(), reference.path]
     with steps.step("time") as progress:
         speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)

@@ -65,7 +65,7 @@ def test_the_report_says_what_was_reused(tiny, texts, tmp_path):
     command = ("export", tiny, tmp_path / "o.gguf", "--type", "Q4_0", "--text", texts[0], *SHORT)
     assert not any("Reused" in note for note in done(*command, "--json").json()["notes"])
     notes = done(*command, "--json").json()["notes"]
-    assert f"Reused from {tmp_path / 'o.edgeq'}: 6 of 6 intermediate results." in notes
+    assert f"Reused from {tmp_path / 'o.edgeq'}: 7 of 7 intermediate results." in notes
 
 
 def test_another_type_keeps_text_and_imatrix(export):
