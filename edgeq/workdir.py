@@ -23,6 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from converters import output
 from edgeq.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -72,21 +73,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises
     ------
     RecipeError
-        The directory cannot be written, or the device is full; nothing is left behind.
+        The directory cannot be made or written, or the device is full; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError):  # told when the file itself cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
+    with output.replacing(path, RecipeError) as temporary:
         yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be written ({error.strerror or error}). "
-            "Choose another place or free some space."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # there is none where there is no such directory
-            temporary.unlink()
 
 
 class WorkDirectory:
