@@ -119,7 +119,7 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config)
         skipped = (*_BUFFERS, *architecture.skipped)
         if any(re.fullmatch(pattern, plain) for pattern in skipped):
             continue
-        for name, piece in _pieces(source, plain, architecture):
+        for name, piece in pieces_of(source, plain, architecture):
             target = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if target is None:
                 raise ConversionError(
@@ -146,7 +146,14 @@ def _text_name(name: str) -> str:
     return name.replace("language_model.model.", "model.").replace("language_model.", "")
 
 
-def _pieces(source: str, plain: str, architecture: Architecture) -> list[tuple[str, Piece]]:
+def pieces_of(source: str, plain: str, architecture: Architecture) -> list[tuple[str, Piece]]:
+    """Return what becomes of one checkpoint tensor: (name to look up in gguf's name map, piece).
+
+    Parameters
+    ----------
+    source : the tensor's name in the checkpoint
+    plain : the name that it would have in a text-only checkpoint
+    """
     for rule in architecture.rules:
         match = re.fullmatch(rule.pattern, plain)
         if match is None:

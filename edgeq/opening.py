@@ -33,6 +33,7 @@ _EXPONENT_BITS = {  # all of them set: NaN or infinite
 }
 _FINITE_STEP = 1 << 22  # weights looked at in one go
 AUTO_CHUNKS = 32
+SHARES = {"calibration": 0.8, "tuning": 0.1, "evaluation": 0.2}  # of the calibration files
 SKETCH_FRACTION = 64
 
 
@@ -48,10 +49,14 @@ class SourceChoice:
 
 @dataclass(frozen=True)
 class Reference:
-    """The float model that everything is judged against: a GGUF file and its hash."""
+    """The float model that everything is judged against: a GGUF file and its hash.
+
+    `checkpoint` is the directory that it was converted from; None: the user gave a GGUF file.
+    """
 
     file: GgufFile
     sha256: str
+    checkpoint: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -124,7 +129,7 @@ def open_reference(
             )
         if path == resolved:  # a conversion has looked at every weight already
             _check_finite(file)
-        return Reference(file, file.sha256())
+        return Reference(file, file.sha256(), resolved if path != resolved else None)
 
 
 def _check_finite(file: GgufFile) -> None:
@@ -185,12 +190,14 @@ class Texts:
 
     Attributes
     ----------
+    tuning : separate text on which the rounding is verified
     notes : what a report must say about them
     """
 
     calibration: UsedText | None
     evaluation: UsedText | None
     notes: tuple[str, ...]
+    tuning: UsedText | None = None
 
 
 def prepare_texts(
@@ -201,9 +208,14 @@ def prepare_texts(
     *,
     calibrates: bool,
     evaluates: bool,
+    tuning_chunks: int = 0,
     n_threads: int | None = None,
 ) -> Texts:
     """Read, sample or split the texts that are needed, once for each choice and model.
+
+    Parameters
+    ----------
+    tuning_chunks : also hold out so many chunks of the calibration text
 
     Raises
     ------
@@ -214,13 +226,14 @@ def prepare_texts(
     """
     if not (calibrates or evaluates):
         return Texts(None, None, ())
-    maker = _Maker(choice, reference, calibrates, evaluates, n_threads)
+    maker = _Maker(choice, reference, calibrates, evaluates, tuning_chunks, n_threads)
     with steps.step("text") as progress:
         path = work.artefact(
             "text.safetensors",
             {
                 "reference": reference.sha256,
                 "parts": maker.wanted,
+                "tuning_chunks": tuning_chunks,
                 "choice": {**vars(choice)},
                 "files": {name: _text_sha256(name) for name in choice.files},
                 "edgeq": edgeq.__version__,
@@ -252,15 +265,26 @@ class _Maker:
         reference: Reference,
         calibrates: bool,
         evaluates: bool,
+        tuning_chunks: int,
         n_threads: int | None,
     ) -> None:
         self.choice = choice
         self.path = reference.path
         self.wanted = [
             name
-            for name, is_wanted in (("calibration", calibrates), ("evaluation", evaluates))
+            for name, is_wanted in (
+                ("calibration", calibrates),
+                ("tuning", calibrates and tuning_chunks > 0),
+                ("evaluation", evaluates),
+            )
             if is_wanted
         ]
+        self.tuning_chunks = tuning_chunks
+        self.limits = {
+            "calibration": choice.chunks,
+            "tuning": tuning_chunks,
+            "evaluation": choice.evaluation_chunks,
+        }
         self.n_threads = n_threads
 
     def make(self, out: Path, progress: Progress) -> None:
@@ -274,15 +298,17 @@ class _Maker:
             if "evaluation" in self.wanted and choice.evaluation:
                 parts["evaluation"] = self._from_files(model, choice.evaluation, "evaluation")
         notes = []
-        if len(self.wanted) == 2:
+        for used in ("calibration", "tuning"):
+            if used not in parts or "evaluation" not in parts:
+                continue
             note = check_unused(
-                parts["calibration"].manifest,
+                parts[used].manifest,
                 parts["evaluation"],
                 " + ".join(choice.evaluation) or "evaluation text",
                 error=EvaluationError,
                 force=choice.force,
             )
-            notes += [] if note is None else [f"Judged on calibration text: {note}."]
+            notes += [] if note is None else [f"Judged on {used} text: {note}."]
         about = {
             "notes": notes,
             "manifests": {name: parts[name].manifest.to_json() for name in self.wanted},
@@ -296,16 +322,13 @@ class _Maker:
         own = part == "evaluation" and choice.evaluation
         return choice.evaluation if own else choice.calibration
 
-    def _limit(self, part: str) -> int | None:
-        return self.choice.chunks if part == "calibration" else self.choice.evaluation_chunks
-
     def _from_files(self, model: Model, files: tuple[str, ...], part: str) -> Part:
         sources = read_sources(self.path, files)
         found = prepare(
             model,
             sources,
             chunk=self.choice.n_ctx,
-            n_chunks={part: self._limit(part)},
+            n_chunks={part: self.limits[part]},
             shares={part: 1.0},
         )
         return found[part]
@@ -313,16 +336,18 @@ class _Maker:
     def _read(self, model: Model) -> dict[str, Part]:
         """Calibration text from files; without own evaluation text a part of it is held out."""
         choice = self.choice
-        if choice.evaluation or "evaluation" not in self.wanted:
-            files = choice.calibration
-            wanted = "calibration" in self.wanted
-            return {"calibration": self._from_files(model, files, "calibration")} if wanted else {}
+        own = {"calibration", "tuning"} if choice.evaluation else set(SHARES)
+        shares = {name: share for name, share in SHARES.items() if name in {*self.wanted} & own}
+        if not shares:
+            return {}
+        if list(shares) == ["calibration"]:
+            return {"calibration": self._from_files(model, choice.calibration, "calibration")}
         return prepare(
             model,
             read_sources(self.path, choice.calibration),
             chunk=choice.n_ctx,
-            n_chunks={name: self._limit(name) for name in ("calibration", "evaluation")},
-            shares={"calibration": 0.8, "evaluation": 0.2},
+            n_chunks=self.limits,
+            shares={"calibration": SHARES["calibration"], **shares},
             seed=choice.seed,
         )
 
@@ -330,9 +355,10 @@ class _Maker:
         """Text of the model's own, separate sequences for each part."""
         choice = self.choice
         judged_on_files = bool(choice.evaluation) or "evaluation" not in self.wanted
-        n_chunks = {  # both, in this order: a part's number decides what it says
+        n_chunks = {  # in this order: a part's number decides what it says
             "calibration": choice.chunks or AUTO_CHUNKS if "calibration" in self.wanted else 0,
             "evaluation": 0 if judged_on_files else choice.evaluation_chunks,
+            "tuning": self.tuning_chunks if "tuning" in self.wanted else 0,
         }
         if not any(n_chunks.values()):  # no calibration, and own files to judge on
             return {}
@@ -358,7 +384,12 @@ def _load(path: Path) -> Texts:
             )
             for name in file.keys()
         }
-    return Texts(parts.get("calibration"), parts.get("evaluation"), tuple(about["notes"]))
+    return Texts(
+        parts.get("calibration"),
+        parts.get("evaluation"),
+        tuple(about["notes"]),
+        parts.get("tuning"),
+    )
 
 
 def values_sha256(values: dict[str, Any]) -> str:

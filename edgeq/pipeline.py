@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
-from converters.gguf_file import GgufFile, TensorSource, open_gguf, tensor_bytes, write_gguf
+from converters.gguf_file import GgufFile, open_gguf, tensor_bytes, write_gguf
 from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
 from edgeq import allocation, provenance
-from edgeq.allocation import Plan, PlanEntry
+from edgeq.allocation import Plan
 from edgeq.calibration import collect
 from edgeq.console import Progress, Steps
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
@@ -33,11 +32,13 @@ from edgeq.opening import (
     prepare_texts,
     values_sha256,
 )
-from edgeq.quantizers import QUANTIZERS, Quantizer, quantize_tensor
+from edgeq.quantization import Quantized
+from edgeq.quantizers import Quantizer, make_quantizer
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Report
+from edgeq.roundings import Roundings
 from edgeq.runtime.presets import MixOptions, find_preset, quantize_with_llama_cpp
-from edgeq.workdir import WorkDirectory, file_name, replacing, save_arrays
+from edgeq.workdir import WorkDirectory, replacing
 
 Importances = dict[str, npt.NDArray[np.float32]]
 
@@ -50,25 +51,28 @@ def export(recipe: Recipe, steps: Steps) -> Report:
     EdgeqError, ConversionError
         Whatever the user can mend; an existing output is then untouched.
     """
-    quantizer: Quantizer = QUANTIZERS.get(recipe.quantizer)()
+    method = recipe.method
+    quantizer = make_quantizer(method.quantizer)
     if recipe.plan is None:
         find_preset(recipe.preset)
     with WorkDirectory(recipe.work_directory) as work:
         reference = _open(recipe, work, steps)
         _check_given(recipe, reference)
-        texts = _texts(recipe, reference, work, steps)
+        texts = _texts(recipe, reference, quantizer, work, steps)
         imatrix = _imatrix(recipe, reference, texts, work, steps)
         told = provenance.check_judging_text(recipe, reference, texts, imatrix)
         plan = _plan(recipe, reference, imatrix, work, steps)
         importances = _importances(imatrix, reference.file)
         weighed_by = None if importances is None else values_sha256(importances)
-        layers = _quantize(recipe, reference, plan, importances, weighed_by, quantizer, work, steps)
+        rounding = Roundings(recipe, reference, plan, importances, weighed_by, work, steps)
+        layers = rounding.best(quantizer, texts)
         made_by = provenance.describe(recipe, reference, texts, plan, weighed_by)
         name = str(recipe.imatrix or "imatrix.gguf")
         fields = provenance.fields(reference, plan, imatrix, name, texts, made_by)
         paths = _write(recipe, reference, plan, layers, fields, steps)
         files = _prove(recipe, reference, texts, plan, importances, weighed_by, paths, work, steps)
-        report = Report(made_by, files, steps.seconds, (*told, *_notes(plan, imatrix, texts, work)))
+        told = (*told, *rounding.notes, *_notes(plan, imatrix, texts, work))
+        report = Report(made_by, files, steps.seconds, told, rounding.as_json(layers))
         with replacing(work.path / "report.json") as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     return report
@@ -89,14 +93,25 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
         _check_importances(plan, reference, imatrix)
 
 
-def _texts(recipe: Recipe, reference: Reference, work: WorkDirectory, steps: Steps) -> Texts:
+def _texts(
+    recipe: Recipe,
+    reference: Reference,
+    quantizer: Quantizer,
+    work: WorkDirectory,
+    steps: Steps,
+) -> Texts:
+    uses_moments = quantizer.uses_hessian or bool(recipe.method.transforms)
+    choice = recipe.texts
+    if uses_moments and choice.chunks is None and not choice.is_auto:
+        choice = dataclasses.replace(choice, chunks=recipe.budget.chunks)
     return prepare_texts(
-        recipe.texts,
+        choice,
         reference,
         work,
         steps,
-        calibrates=recipe.use_imatrix and recipe.imatrix is None,
+        calibrates=recipe.use_imatrix and (recipe.imatrix is None or uses_moments),
         evaluates=recipe.prove,
+        tuning_chunks=recipe.budget.tuning_chunks if recipe.method.is_verified else 0,
         n_threads=recipe.n_threads,
     )
 
@@ -105,7 +120,7 @@ def _imatrix(
     recipe: Recipe, reference: Reference, texts: Texts, work: WorkDirectory, steps: Steps
 ) -> Imatrix | None:
     """Return the importance matrix that was given, or calibrate; None without one."""
-    if texts.calibration is None:
+    if texts.calibration is None or recipe.imatrix is not None:
         return _given_imatrix(recipe, reference)
     return calibrate(reference, texts.calibration, work, steps, n_threads=recipe.n_threads)
 
@@ -201,91 +216,20 @@ def _check_importances(plan: Plan, reference: Reference, imatrix: Imatrix | None
     plan.check_importances(reference.file, lambda name: name in known)
 
 
-def _quantize(
-    recipe: Recipe,
-    reference: Reference,
-    plan: Plan,
-    importances: Importances | None,
-    weighed_by: str | None,
-    quantizer: Quantizer,
-    work: WorkDirectory,
-    steps: Steps,
-) -> dict[str, Path]:
-    """Quantize layer by layer; return tensor name to the file that holds its packed bytes.
-
-    What keeps its type is not there: it is copied from the reference when the output is written.
-    """
-    parts: dict[str, Path] = {}
-    layers = _layers(plan, reference.file)
-    made_by = provenance.versions(QUANTIZERS.plugins[recipe.quantizer].origin)
-    with steps.step("quantize") as progress:
-        for done, (layer, entries) in enumerate(layers.items(), start=1):
-
-            def make(out: Path, entries: Sequence[PlanEntry] = entries) -> None:
-                packed = {
-                    entry.name: quantize_tensor(
-                        reference.file,
-                        entry.name,
-                        entry.qtype,
-                        importances,
-                        quantizer,
-                        allow_requantize=recipe.allow_requantize,
-                        n_threads=recipe.n_threads,
-                    )
-                    for entry in entries
-                }
-                save_arrays(packed, out)
-
-            part = work.artefact(
-                f"layers/{file_name(layer)}.safetensors",
-                {
-                    "reference": reference.sha256,
-                    "importances": weighed_by,
-                    "quantizer": recipe.quantizer,
-                    "versions": made_by,
-                    "types": {entry.name: entry.qtype.name for entry in entries},
-                },
-                make,
-            )
-            parts |= {entry.name: part for entry in entries}
-            progress(done, len(layers))
-    return parts
-
-
-def _layers(plan: Plan, file: GgufFile) -> dict[str, list[PlanEntry]]:
-    """Group what changes its type by layer: ``blk.N``, or the tensor's name outside of layers."""
-    layers: dict[str, list[PlanEntry]] = {}
-    for entry in plan.entries:
-        if entry.qtype != file.tensors[entry.name].qtype:
-            layer = ".".join(entry.name.split(".")[:2])
-            layers.setdefault(layer if layer.startswith("blk.") else entry.name, []).append(entry)
-    return layers
-
-
 def _write(
     recipe: Recipe,
     reference: Reference,
     plan: Plan,
-    layers: dict[str, Path],
+    layers: Quantized,
     fields: dict[str, Any],
     steps: Steps,
 ) -> list[Path]:
-    def source(entry: PlanEntry) -> TensorSource:
-        def load() -> npt.NDArray[Any]:
-            if entry.name not in layers:
-                return reference.file.read_bytes(entry.name)
-            with safe_open(layers[entry.name], framework="numpy") as part:
-                packed: npt.NDArray[np.uint8] = part.get_tensor(entry.name)
-            return packed
-
-        return TensorSource(entry.name, entry.qtype, entry.shape, load)
-
     with steps.step("write") as progress:
         total = sum(tensor_bytes(entry.qtype, entry.shape) for entry in plan.entries)
         return write_gguf(
             recipe.out,
             fields,
-            [source(entry) for entry in plan.entries],
+            layers.sources(plan, reference.file),
             split_max_bytes=recipe.split_max_bytes,
             progress=counting(progress, total),
         )

@@ -5,6 +5,7 @@ passages of the calibration text are kept as a sketch: one in 64 hashes of its w
 enough to notice later that somebody judges the file on text that it was calibrated on.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -18,11 +19,11 @@ from converters.imatrix_file import SKETCH_KEY, Imatrix, sketch_of
 from edgeq.allocation import Plan
 from edgeq.errors import EvaluationError
 from edgeq.opening import Reference, Texts
-from edgeq.quantizers import QUANTIZERS
+from edgeq.quantizers import origin_of
 from edgeq.recipe import Recipe
 from edgeq.texts import Manifest
 
-_VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy")
+_VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy", "torch", "transformers")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml/include/ggml.h
 
 
@@ -41,7 +42,11 @@ def describe(
     recipe: Recipe, reference: Reference, texts: Texts, plan: Plan, imatrix_sha256: str | None
 ) -> dict[str, Any]:
     """Return how a file was made, as JSON values."""
-    parts = {"calibration": texts.calibration, "evaluation": texts.evaluation}
+    parts = {
+        "calibration": texts.calibration,
+        "tuning": texts.tuning,
+        "evaluation": texts.evaluation,
+    }
     return {
         "source": {"name": reference.path.name, "sha256": reference.sha256},
         "recipe": recipe.as_json(),
@@ -52,7 +57,8 @@ def describe(
             if part is not None
         },
         "plan": {"preset": plan.preset, "bpw": round(plan.bpw, 4)},
-        "versions": versions(QUANTIZERS.plugins[recipe.quantizer].origin),
+        "method": dataclasses.asdict(recipe.method),
+        "versions": versions(origin_of(recipe.method.quantizer)),
     }
 
 
@@ -80,7 +86,7 @@ def fields(
             out["quantize.imatrix.dataset"] = Field(", ".join(imatrix.datasets), string)
         out["quantize.imatrix.entries_count"] = Field(len(imatrix.sums), int32)
         out["quantize.imatrix.chunks_count"] = Field(imatrix.chunk_count, int32)
-    for key in ("source", "recipe", "texts", "plan", "versions"):
+    for key in ("source", "recipe", "method", "texts", "plan", "versions"):
         value = dict(provenance[key])
         if key == "texts":  # the chunks' hashes are in the report; the file keeps the sketch
             value = {
@@ -89,7 +95,8 @@ def fields(
                 if name == "calibration"
             }
         out[f"edgeq.{key}"] = Field(json.dumps(value, sort_keys=True), string)
-    sketches = (imatrix.sketch if imatrix is not None else None, sketch_of(reference.file))
+    sketches = [imatrix.sketch if imatrix is not None else None, sketch_of(reference.file)]
+    sketches += [part.sketch for part in (texts.calibration, texts.tuning) if part is not None]
     known = {item for sketch in sketches if sketch is not None for item in sketch}
     if known:
         out[SKETCH_KEY] = Field(sorted(known), GGUFValueType.ARRAY, GGUFValueType.UINT64)

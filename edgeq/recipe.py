@@ -57,6 +57,52 @@ class TextChoice:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What ``--quantizer auto`` may spend.
+
+    Attributes
+    ----------
+    chunks : of calibration text, unless the user says how many
+    tuning_chunks : of the text on which the result is verified
+    sweeps : of coordinate descent
+    transforms : methods of the search for folds
+    """
+
+    chunks: int
+    tuning_chunks: int
+    sweeps: int
+    transforms: tuple[str, ...]
+
+
+EFFORTS = {
+    "fast": Effort(chunks=12, tuning_chunks=4, sweeps=1, transforms=("balance",)),
+    "default": Effort(chunks=56, tuning_chunks=8, sweeps=2, transforms=("balance", "dual")),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How tensors are rounded: what `quantizer` and the settings beside it amount to.
+
+    Attributes
+    ----------
+    quantizer : ``NAME`` or ``NAME:key=value,...``
+    hessian : second moments of the inputs: ``fisher`` (weighted by squared gradients) or ``plain``
+    sequential : each layer is calibrated through the quantized layers before it
+    transforms : methods of the search for folds; empty: nothing is folded
+    asymmetric : 0 to 1, how far weights are moved to make up for the layers before
+    is_verified : compare with round-to-nearest on tuning text, and ship what is better
+    """
+
+    quantizer: str
+    hessian: str = "fisher"
+    sequential: bool = True
+    transforms: tuple[str, ...] = ()
+    asymmetric: float = 0.0
+    is_verified: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One export.
 
@@ -66,7 +112,10 @@ class Recipe:
     out : the GGUF file to write
     preset : llama.cpp file type; which type every tensor gets, unless `plan` says it
     plan : a ``plan.json`` to follow
-    quantizer : registered name
+    quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
+    effort : of ``auto``, a name of ``EFFORTS``
+    hessian, sequential, asymmetric : see ``Method``
+    transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
     use_imatrix : False rounds without any calibration
     texts : what calibrates and what judges
@@ -83,7 +132,12 @@ class Recipe:
     out: Path
     preset: str = DEFAULT_PRESET
     plan: Path | None = None
-    quantizer: str = "rtn"
+    quantizer: str = "auto"
+    effort: str = "default"
+    hessian: str = "fisher"
+    sequential: bool = True
+    asymmetric: float = 0.0
+    transform: str = "auto"
     imatrix: Path | None = None
     use_imatrix: bool = True
     texts: TextChoice = TextChoice()
@@ -98,6 +152,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.imatrix is not None and not self.use_imatrix:
             raise RecipeError("--imatrix and --no-imatrix contradict each other; give one.")
+        for flag, value, known in (
+            ("--effort", self.effort, tuple(EFFORTS)),
+            ("--hessian", self.hessian, ("fisher", "plain")),
+            ("--transform", self.transform, ("auto", "fold", "none")),
+        ):
+            if value not in known:
+                raise RecipeError(f"{flag}: got {value!r}, expected one of {', '.join(known)}.")
+        if not 0 <= self.asymmetric <= 1:
+            raise RecipeError(f"--asymmetric: got {self.asymmetric}, expected 0 to 1.")
+        if self.asymmetric and not self.sequential:
+            raise RecipeError(
+                "--asymmetric makes up for the layers before: it needs --sequential. Give one."
+            )
         if self.out.suffix != ".gguf":
             raise RecipeError(f"{self.out}: the output is a GGUF file; name it *.gguf.")
         if not self.out.parent.is_dir():
@@ -109,6 +176,27 @@ class Recipe:
     def work_directory(self) -> Path:
         """Where intermediate artefacts are kept."""
         return self.work if self.work is not None else self.out.with_suffix(".edgeq")
+
+    @property
+    def budget(self) -> Effort:
+        """What ``auto`` may spend."""
+        return EFFORTS[self.effort]
+
+    @property
+    def method(self) -> Method:
+        """How tensors are rounded. Without calibration ``auto`` can only round to nearest."""
+        is_auto = self.quantizer == "auto"
+        if is_auto and not self.use_imatrix:
+            return Method("rtn")
+        folds = self.transform == "fold" or (self.transform == "auto" and is_auto)
+        return Method(
+            f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
+            self.hessian,
+            self.sequential,
+            self.budget.transforms if folds else (),
+            self.asymmetric,
+            is_verified=is_auto,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return what shapes the bytes of the output, for its provenance."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,14 @@ class Report:
     files : measured files, the output first
     seconds : wall time of each step of this run; reused artefacts cost almost nothing
     notes : what the user should know: fallbacks, reused artefacts, forced choices
+    rounding : how tensors were rounded: the method, its verification, facts by tensor and fold
     """
 
     provenance: Mapping[str, Any]
     files: tuple[FileResult, ...]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    rounding: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""
@@ -164,11 +166,16 @@ class Report:
             "comparisons": comparisons(self.files),
             "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
             "notes": list(self.notes),
+            "rounding": dict(self.rounding),
         }
 
     def as_text(self) -> str:
         """Return the report for a terminal."""
-        times = ", ".join(f"{name} {spent:.1f} s" for name, spent in self.seconds.items())
+        total = sum(self.seconds.values()) or 1.0
+        times = ", ".join(
+            f"{name} {spent:.1f} s ({100 * spent / total:.0f} %)"
+            for name, spent in self.seconds.items()
+        )
         lines = [files_table(self.files), "", *comparisons(self.files), *self.notes]
         return "\n".join([*lines, f"Time: {times}"])
 

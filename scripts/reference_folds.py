@@ -10,9 +10,13 @@ Tensors are keyed by GGUF names, float32, weights (n_out, n_in).
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
+
+from converters.architectures.description import DENSE_FOLDS
+from edgeq.transforms.sites import Heads, site_of
 
 Float32 = npt.NDArray[np.float32]
 Tensors = dict[str, Float32]
@@ -64,23 +68,18 @@ def fold_channels(tensors: Tensors, geometry: Geometry, seed: int, *, norms: boo
     dimension, shared by the query heads of its group), up → down. Every matrix but the embedding
     changes within its blocks.
     """
-    for i in range(geometry.n_layers):
-        blk = f"blk.{i}."
-        if norms:
-            for norm, consumers in _norm_consumers(i).items():
-                scale = draw_scales(seed, norm, geometry.n_embd)
-                tensors[norm] = (tensors[norm] / scale).astype(np.float32)
-                _scale_columns(tensors, consumers, scale)
-        v, o = blk + "attn_v.weight", blk + "attn_output.weight"
-        scale = draw_scales(seed, v, geometry.n_head_kv * geometry.head_dim)
-        tensors[v] = (tensors[v] * scale[:, None]).astype(np.float32)
-        group = geometry.n_head // geometry.n_head_kv
-        per_head = scale.reshape(geometry.n_head_kv, 1, geometry.head_dim)
-        _scale_columns(tensors, [o], 1 / np.repeat(per_head, group, axis=1).ravel())
-        up, down = blk + "ffn_up.weight", blk + "ffn_down.weight"
-        scale = draw_scales(seed, up, len(tensors[up]))
-        tensors[up] = (tensors[up] * scale[:, None]).astype(np.float32)
-        _scale_columns(tensors, [down], 1 / scale)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    heads = Heads(geometry.n_head, geometry.n_head_kv, geometry.head_dim)
+    layers = product(range(geometry.n_layers), DENSE_FOLDS[:-1])  # the last one is the head's
+    sites = [site_of(fold, i, shapes, heads) for i, fold in layers if norms or fold.kind != "norm"]
+    for site in (site for site in sites if site is not None):
+        scale = draw_scales(seed, site.source, site.n)
+        if site.kind == "norm":
+            tensors[site.source] = (tensors[site.source] / scale).astype(np.float32)
+        else:
+            tensors[site.source] = (tensors[site.source] * scale[:, None]).astype(np.float32)
+            scale = 1 / scale
+        _scale_columns(tensors, site.consumers, scale[site.scale_of_column])
 
 
 def permute_residual(tensors: Tensors, geometry: Geometry, seed: int) -> None:

@@ -264,9 +264,10 @@ def test_a_useless_text(content, message, tiny, texts, place):
     if content is not None:
         text.write_bytes(content)
     expected = f"{text}: "
+    quantize = ("export", tiny, out, "--quantizer", "rtn", "--type", "Q4_0", *SHORT)
     for arguments in (
-        ("export", tiny, out, "--type", "Q4_0", "--text", text, "--eval-text", texts[0], *SHORT),
-        ("export", tiny, out, "--type", "Q4_0", "--text", texts[0], "--eval-text", text, *SHORT),
+        (*quantize, "--text", text, "--eval-text", texts[0]),
+        (*quantize, "--text", texts[0], "--eval-text", text),
         ("calibrate", tiny, "-o", out, "--text", text, "--ctx", 64),
         ("evaluate", tiny, "--reference", tiny, "--text", text, "--ctx", 64, "--work", out),
     ):
@@ -275,11 +276,16 @@ def test_a_useless_text(content, message, tiny, texts, place):
         assert message in line
 
 
-def test_a_text_too_short_to_hold_a_part_out(tiny, place):
+def test_a_text_too_short_to_hold_a_part_out(tiny, texts, place):
     text = place.parent / "t.txt"
     text.write_text("One line that has nothing to be split from.\n", "utf-8")
-    line = nothing_written(place, "export", tiny, place / "o.gguf", "--text", text, *SHORT)
+    command = ("export", tiny, place / "o.gguf", "--text", text, *SHORT)
+    line = nothing_written(place, *command)
+    assert f"{text}: the text has 1 separate passages, too few for calibration, tuning, " in line
     assert "Give more text, or own text for evaluation." in line
+    line = nothing_written(place, *command, "--eval-text", texts[0])
+    assert f"{text}: " in line
+    assert "too few for calibration, tuning. Give more text." in line
 
 
 def test_conversations_need_a_chat_template(tiny, place):
@@ -297,7 +303,17 @@ def test_conversations_need_a_chat_template(tiny, place):
     [
         (("--type", "Q4_KM"), "unknown preset 'Q4_KM'; known: F32, F16"),
         (("--type", "Q4_KM"), "Did you mean 'Q4_K_M'?"),
-        (("--quantizer", "rtm"), "unknown quantizer 'rtm'; known: rtn. Did you mean 'rtn'?"),
+        (("--quantizer", "rtm"), "unknown quantizer 'rtm'; known: auto, gptq, rtn. Did you mean 'rtn'?"),
+        (("--quantizer", "gptq:ordr=natural"), "unknown setting 'ordr'; known: order, search, "),
+        (("--quantizer", "gptq:order=random"), "unknown order 'random'; known: "),
+        (("--quantizer", "gptq:sweeps=many"), "sweeps is 'many', expected a value like 0."),
+        (("--quantizer", "gptq:sweeps=-1"), "sweeps=-1"),
+        (("--quantizer", "gptq:refit=maybe"), "refit is 'maybe', expected true or false."),
+        (("--quantizer", "gptq:shrinkage=2"), "shrinkage=2.0"),
+        (("--quantizer", "rtn:order=natural"), "unknown setting 'order'; known: "),
+        (("--asymmetric", 1.5), "--asymmetric: got 1.5, expected 0 to 1"),
+        (("--asymmetric", "nan"), "--asymmetric: got nan, expected 0 to 1"),
+        (("--asymmetric", 0.5, "--no-sequential"), "it needs --sequential. Give one."),
         (("--imatrix", "i.gguf", "--no-imatrix"), "--imatrix and --no-imatrix contradict"),
         (("--text", "auto", "--text", "a.txt"), "--text: auto stands alone"),
         (("--ctx", 8), "--ctx: 8 tokens are too few"),

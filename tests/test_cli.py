@@ -7,10 +7,12 @@ import pytest
 
 from converters.gguf_file import open_gguf
 from converters.imatrix_file import read_imatrix
+from edgeq.quantizers.rtn import RoundToNearest
 from edgeq.runtime.model import Model
 from tests.command_line import done, files_under, refused, run
 
-SHORT = ("--ctx", 64, "--chunks", 6, "--eval-chunks", 3)
+RTN = ("--quantizer", "rtn")  # what a command does around the rounding
+SHORT = (*RTN, "--ctx", 64, "--chunks", 6, "--eval-chunks", 3)
 TOKENS = np.arange(3, 35)
 BASE_ERROR = 1e-3  # nats; llama.cpp's format rounds log-probabilities to 16 bits
 
@@ -112,7 +114,8 @@ def test_a_given_imatrix_replaces_calibration(name, exported, tiny, texts, tmp_p
     found = read_imatrix(imatrix)
     assert figures["entries"] == len(found.sums)
     assert "output.weight" not in found.sums
-    done("export", tiny, out, "--type", "Q4_0", "--imatrix", imatrix, "--no-prove", "--baseline")
+    flags = ("--imatrix", imatrix, "--no-prove", "--baseline")
+    done("export", tiny, out, *RTN, "--type", "Q4_0", *flags)
     assert same_tensors(out, tmp_path / "out.edgeq" / "baseline.gguf")
     assert open_gguf(out).value("quantize.imatrix.file") == str(imatrix)
     assert open_gguf(out).value("quantize.imatrix.chunks_count") == 6
@@ -236,7 +239,8 @@ def test_inspect_shows_types_bytes_and_differences(exported, tiny):
 def test_plugins_lists_quantizers_and_architectures():
     values = done("plugins", "--json").json()
     rtn = {"name": "rtn", "target": "edgeq.quantizers.rtn:RoundToNearest", "origin": "edgeq"}
-    assert rtn in values["quantizer"]
+    gptq = {"name": "gptq", "target": "edgeq.quantizers.gptq:Gptq", "origin": "edgeq"}
+    assert values["quantizer"] == [gptq, rtn]
     assert "llama" in {each["name"] for each in values["architecture"]}
     assert "quantizer      rtn              edgeq\n" in done("plugins").out
 
@@ -280,7 +284,7 @@ def test_an_interrupt_exits_with_130_and_one_line(tiny, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edgeq.pipeline.quantize_tensor", interrupt)
+    monkeypatch.setattr(RoundToNearest, "quantize", interrupt)
     out = tmp_path / "out.gguf"
     result = run("export", tiny, out, "--type", "Q4_0", "--no-imatrix", "--no-prove")
     assert result.code == 130
@@ -290,6 +294,6 @@ def test_an_interrupt_exits_with_130_and_one_line(tiny, tmp_path, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgeq.pipeline.quantize_tensor", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(RoundToNearest, "quantize", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("export", tiny, tmp_path / "o.gguf", "--type", "Q4_0", "--no-imatrix", "--no-prove")

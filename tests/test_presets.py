@@ -10,7 +10,8 @@ from converters.gguf_file import TensorSource, open_gguf, write_gguf
 from converters.imatrix_file import Imatrix
 from edgeq.allocation import allocate
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
-from edgeq.quantizers import QUANTIZERS, importances_of, quantize_tensor
+from edgeq.quantization import quantize_tensor
+from edgeq.quantizers import QUANTIZERS, importances_of
 from edgeq.runtime.presets import (
     PRESETS,
     MixOptions,

@@ -16,9 +16,9 @@ import numpy as np
 from edgeq.quantizers.rtn import RoundToNearest
 
 class Zeros(RoundToNearest):
-    def quantize(self, name, weight, qtype, importances, *, n_threads=None):
+    def quantize(self, name, weight, qtype, inputs, *, n_threads=None):
         zeros = np.zeros_like(weight)
-        return super().quantize(name, zeros, qtype, importances, n_threads=n_threads)
+        return super().quantize(name, zeros, qtype, inputs, n_threads=n_threads)
 """
 
 

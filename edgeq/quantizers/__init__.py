@@ -1,49 +1,151 @@
-"""What a quantizer is, which ones there are, and how one is applied to a tensor of a GGUF file."""
+"""What a quantizer is, which ones there are, and how one is named in a recipe.
 
+A name may carry settings: ``gptq:order=natural,sweeps=0`` is ``Gptq(order="natural", sweeps=0)``.
+"""
+
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from converters.errors import ConversionError
-from converters.gguf_file import GgufFile
-from edgeq.errors import CalibrationError
-from edgeq.registry import Registry
-from edgeq.runtime.encoders import FloatArray, Packed, decode
+from edgeq.errors import CalibrationError, RecipeError, RegistryError
+from edgeq.registry import Registry, unknown_name
+from edgeq.runtime.encoders import FloatArray, Packed
 
-__all__ = ["QUANTIZERS", "Quantizer", "importances_of", "quantize_tensor"]
+__all__ = [
+    "QUANTIZERS",
+    "Inputs",
+    "Quantizer",
+    "Rounded",
+    "importances_of",
+    "make_quantizer",
+    "origin_of",
+]
 
-QUANTIZERS = Registry("edgeq.quantizers", {"rtn": "edgeq.quantizers.rtn:RoundToNearest"})
+QUANTIZERS = Registry(
+    "edgeq.quantizers",
+    {"rtn": "edgeq.quantizers.rtn:RoundToNearest", "gptq": "edgeq.quantizers.gptq:Gptq"},
+)
 
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What is known about the inputs of one weight.
+
+    Attributes
+    ----------
+    importances : (n_mat, n_in) float32 mean squared inputs; None: there are none
+    hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ over the N inputs x, w their weights of mean
+        1; None: it was not collected
+    """
+
+    importances: FloatArray | None = None
+    hessian: FloatArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A quantized weight.
+
+    Attributes
+    ----------
+    packed : (n_mat * n_out, row_bytes) uint8
+    facts : what the report tells about it: numbers, and reasons as text
+    """
+
+    packed: Packed
+    facts: Mapping[str, float | str] = field(default_factory=dict)
+
+
 class Quantizer(Protocol):
-    """Chooses the codes of a weight. A registered quantizer is a class without arguments."""
+    """Chooses the codes of a weight. A registered quantizer is a class.
+
+    Called without arguments it has its default settings; the fields of a dataclass may be set in
+    the recipe. ``edgeq.testing.check_quantizer`` says whether one keeps its promises.
+    """
+
+    uses_hessian: bool
 
     def quantize(
         self,
         name: str,
         weight: FloatArray,
         qtype: GGMLQuantizationType,
-        importances: FloatArray | None,
+        inputs: Inputs,
         *,
         n_threads: int | None = None,
-    ) -> Packed:
-        """Return the packed rows of a weight, (n_mat * n_out, row_bytes) uint8.
+    ) -> Rounded:
+        """Return the packed rows of a weight.
 
         Parameters
         ----------
         name : GGUF name of the tensor, for errors
         weight : (n_out, n_in) or, for experts, (n_mat, n_out, n_in) float32; not written
         qtype : a type that llama.cpp decodes and whose blocks divide n_in
-        importances : (n_mat, n_in) float32 mean squared inputs; None: there are none
+        inputs : statistics of its inputs; `hessian` is None unless ``uses_hessian``, and may be
+            None even then
         n_threads : default: every CPU of this process
         """
         ...
+
+
+def make_quantizer(spec: str) -> Quantizer:
+    """Return the quantizer that ``NAME`` or ``NAME:key=value,...`` names.
+
+    Raises
+    ------
+    RegistryError
+        The name is unknown.
+    RecipeError
+        It has no such setting, or the value is none of its type or range.
+    """
+    name, _, settings = spec.partition(":")
+    if name not in QUANTIZERS.plugins:
+        raise RegistryError(unknown_name("quantizer", name, ["auto", *QUANTIZERS.names()]))
+    made = QUANTIZERS.get(name)
+    if not settings:
+        quantizer: Quantizer = made()
+        return quantizer
+    known = {f.name: f for f in dataclasses.fields(made)} if dataclasses.is_dataclass(made) else {}
+    values: dict[str, object] = {}
+    for setting in settings.split(","):
+        key, _, text = setting.partition("=")
+        if not known:
+            raise RecipeError(f"--quantizer {spec}: {name} has no settings. Give {name} alone.")
+        if key not in known:
+            raise RecipeError(f"--quantizer {spec}: {unknown_name('setting', key, list(known))}")
+        values[key] = _parsed(f"--quantizer {spec}: {key}", text, type(known[key].default))
+    configured: Quantizer = made(**values)
+    return configured
+
+
+def origin_of(spec: str) -> str:
+    """Return the distribution that brings a quantizer.
+
+    Raises
+    ------
+    RegistryError
+        The name is unknown.
+    """
+    name = spec.partition(":")[0]
+    QUANTIZERS.get(name)
+    return QUANTIZERS.plugins[name].origin
+
+
+def _parsed(where: str, text: str, kind: type) -> object:
+    """Return a setting's value as the type of its default."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        wanted = "true or false" if kind is bool else f"a value like {kind()!r}"
+        raise RecipeError(f"{where} is {text!r}, expected {wanted}.") from error
 
 
 def importances_of(
@@ -78,47 +180,3 @@ def importances_of(
         f"{name}: the imatrix has {values.size} values for it, expected {n_mat} × {shape[-1]}. "
         "It was made from another model; make one with: edgeq calibrate"
     )
-
-
-def quantize_tensor(
-    file: GgufFile,
-    name: str,
-    qtype: GGMLQuantizationType,
-    imatrix: Mapping[str, FloatArray] | None,
-    quantizer: Quantizer,
-    *,
-    allow_requantize: bool = False,
-    n_threads: int | None = None,
-) -> npt.NDArray[np.uint8]:
-    """Return a tensor of `file` as `qtype`: copied if it is of that type, else quantized.
-
-    Parameters
-    ----------
-    imatrix : tensor name to mean squared inputs, (n_mat, n_in) float32
-    allow_requantize : accept a tensor that is quantized already
-
-    Returns
-    -------
-    (..., row_bytes) uint8 in the tensor's shape
-
-    Raises
-    ------
-    ConversionError
-        The tensor is quantized already, or holds weights that the type cannot.
-    CalibrationError
-        The importances do not fit, or are missing where the type needs them.
-    """
-    info = file.tensors[name]
-    packed = file.read_bytes(name)
-    if info.qtype == qtype:
-        return packed
-    if info.qtype not in _FLOATS and not allow_requantize:
-        raise ConversionError(
-            f"{file.path}: {name} is {info.qtype.name} already, expected F32, F16 or BF16. "
-            "Give the float model, or allow a second rounding with --allow-requantize."
-        )
-    rows = decode(packed.reshape(-1, packed.shape[-1]), info.qtype, n_threads=n_threads)
-    importances = importances_of(name, info.shape, imatrix)
-    weight = rows.reshape(info.shape)
-    out = quantizer.quantize(name, weight, qtype, importances, n_threads=n_threads)
-    return out.reshape(*info.shape[:-1], -1)

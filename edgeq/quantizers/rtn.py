@@ -2,20 +2,23 @@
 
 from gguf.constants import GGMLQuantizationType
 
-from edgeq.runtime.encoders import FloatArray, Packed, encode
+from edgeq.quantizers import Inputs, Rounded
+from edgeq.runtime.encoders import FloatArray, encode
 
 
 class RoundToNearest:
     """Every weight to the code that ggml's encoder gives it, byte for byte."""
+
+    uses_hessian = False
 
     def quantize(
         self,
         name: str,
         weight: FloatArray,
         qtype: GGMLQuantizationType,
-        importances: FloatArray | None,
+        inputs: Inputs,
         *,
         n_threads: int | None = None,
-    ) -> Packed:
+    ) -> Rounded:
         """Return the packed rows of a weight, see ``edgeq.quantizers.Quantizer``."""
-        return encode(weight, qtype, importances, n_threads=n_threads, name=name)
+        return Rounded(encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name))

@@ -68,9 +68,11 @@ def split(
     stock = stock_phrases([block.windows for block in blocks])
     clusters = _clusters([np.setdiff1d(block.windows, stock) for block in blocks])
     if len(clusters) < len(shares):
+        names = " + ".join(source.name for source in sources)
+        own = ", or own text for evaluation" if "evaluation" in shares else ""
         raise CalibrationError(
-            f"the text has {len(clusters)} separate passages, too few for "
-            f"{', '.join(shares)}. Give more text, or own text for evaluation."
+            f"{names}: the text has {len(clusters)} separate passages, too few for "
+            f"{', '.join(shares)}. Give more text{own}."
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(clusters))
     sizes = np.zeros((len(sources), len(shares)))

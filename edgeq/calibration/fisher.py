@@ -1,0 +1,110 @@
+"""How much each token matters at each weight: the squared gradients of the model's own loss.
+
+Second moments weighted so are the Fisher information of a layer's weights, seen from the inputs: a
+rounding error then counts by what it does to the model's output, not to the layer's.
+"""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.runtime.model import Tokens
+
+if TYPE_CHECKING:
+    from edgeq.layerwise import LayerwiseModel, Product
+
+FloatArray = npt.NDArray[np.float32]
+TokenWeights = dict[str, FloatArray]
+"""Weight name to (n_chunks, n_tokens) float32 mean squared gradients at its outputs."""
+
+_MEMORY_FRACTION = 0.25  # of what is free, for the hidden states between the layers
+
+
+def token_weights(
+    model: "LayerwiseModel",
+    tokens: Tokens,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenWeights:
+    """Return the mean over a weight's output rows of the squared gradient, token by token.
+
+    The loss is Σ −log p of tokens drawn from the model's own distribution, so that squares are the
+    Fisher information in expectation. Layers are loaded twice for each batch of chunks whose hidden
+    states fit into memory; the backward products are computed in bfloat16 (0.5 % of the squares).
+
+    Parameters
+    ----------
+    tokens : (n_chunks, n_tokens) int32
+    seed : of the drawn tokens; chunk c draws with seed + c
+    progress : called with (layers done, layers in all), over all batches and both directions
+
+    References
+    ----------
+    Kim et al., GuidedQuant, arXiv:2505.07004, section 3: end-loss guidance by squared gradients;
+    Tseng et al., YAQA, arXiv:2505.22988, for the Fisher information of the drawn targets.
+    """
+    n_chunks, n_tokens = tokens.shape
+    size = batch_of_chunks(model.n_layers + 1, n_tokens * model.n_embd * 4)
+    found: TokenWeights = {}
+    done, total = 0, 2 * model.n_layers * -(-n_chunks // size)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    for first in range(0, n_chunks, size):
+        chunks = range(first, min(first + size, n_chunks))
+        _batch(model, tokens, chunks, seed, found, step)
+    return found
+
+
+def batch_of_chunks(n_states: int, state_bytes: int) -> int:
+    """Return how many chunks' hidden states fit into a quarter of the free memory, at least 1."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        free = 1 << 32
+    return max(1, int(_MEMORY_FRACTION * free) // (n_states * state_bytes))
+
+
+def _batch(
+    model: "LayerwiseModel",
+    tokens: Tokens,
+    chunks: range,
+    seed: int,
+    found: TokenWeights,
+    step: Callable[[], None],
+) -> None:
+    import torch
+
+    states: list[list[Any]] = [list(model.embed(tokens[chunks.start : chunks.stop]))]
+    for number in range(model.n_layers):
+        layer = model.load(number)
+        states.append([layer.run(hidden) for hidden in states[-1]])
+        step()
+    gradients = [
+        model.head_gradient(hidden, seed + chunk)
+        for chunk, hidden in zip(chunks, states.pop(), strict=True)
+    ]
+    for number in reversed(range(model.n_layers)):
+        layer = model.load(number)
+        entering = states.pop()
+        for at, chunk in enumerate(chunks):
+
+            def add(product: "Product", chunk: int = chunk) -> None:
+                if product.gradient is None:
+                    return
+                rows = found.setdefault(product.name, np.zeros(tokens.shape, np.float32))
+                squares = np.square(product.gradient).mean(axis=1)
+                np.add.at(rows[chunk], product.positions, squares)
+
+            gradients[at] = layer.backward(
+                entering[at], gradients[at], add, compute_dtype=torch.bfloat16
+            )
+        step()

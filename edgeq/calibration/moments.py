@@ -1,0 +1,242 @@
+"""Second moments of every weight's inputs, one layer after the other.
+
+``LayerwiseMoments`` runs the float model in torch, layer by layer, and can let each layer see what
+the already quantized layers before it really give it. ``StoredMoments`` has what llama.cpp showed
+of the float model: for models that torch cannot run.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.calibration.fisher import TokenWeights
+from edgeq.calibration.statistics import FloatArray, Statistics
+from edgeq.runtime.model import Tokens
+
+if TYPE_CHECKING:
+    from edgeq.layerwise import Layer, LayerwiseModel, Product
+
+_FIRST = 1  # the first token of a chunk is left out: its activations are massive and always alike
+_TINY = np.float32(1e-30)
+
+Replaced = Mapping[str, FloatArray]
+"""Tensor name to the float weights that the quantized tensor stands for."""
+
+# tensor name and matrix to the inputs of one chunk, and the tokens that they belong to
+_Inputs = dict[tuple[str, int], tuple[FloatArray, npt.NDArray[np.int64]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What one weight's inputs are like.
+
+    Attributes
+    ----------
+    hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ, the weights w of mean 1
+    cross : (n_mat, n_in, n_in) float32, 2/N Σ w (x' − x) xᵀ, where x' is the input in the float
+        model; None: not asked for
+    """
+
+    hessian: FloatArray
+    cross: FloatArray | None = None
+
+
+class MomentsSource(Protocol):
+    """Where second moments come from; layers are asked for in order.
+
+    `is_sequential`: a layer's moments depend on what became of the layers before it.
+    """
+
+    @property
+    def is_sequential(self) -> bool: ...
+
+    def of_layer(self, number: int) -> dict[str, Moments]:
+        """Return the moments of a layer's weights by name; what is missing was never seen."""
+        ...
+
+    def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
+        """Say what became of a layer; `replaced` is called when it is needed, if ever."""
+        ...
+
+
+class StoredMoments:
+    """The second moments that llama.cpp's own pass over the float model gave."""
+
+    is_sequential = False
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+
+    def of_layer(self, number: int) -> dict[str, Moments]:
+        """Return the moments of a layer's weights by name."""
+        statistics, prefix = self._statistics, f"blk.{number}."
+        return {
+            name: Moments(statistics.hessian(name))
+            for name, first in statistics.first_with.items()
+            if name.startswith(prefix) and first in statistics.hessians
+        }
+
+    def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
+        """Do nothing: these are the float model's."""
+
+
+class LayerwiseMoments:
+    """The second moments of a torch model, computed when a layer is asked for.
+
+    Parameters
+    ----------
+    model : the float model
+    tokens : (n_chunks, n_tokens) int32
+    weights : how much each token matters at each weight; None: all the same
+    strength : 0 to 1, of `weights`: w = 1 − strength + strength · s / mean(s)
+    sequential : inputs come through the quantized layers before
+    asymmetric : also collect ``Moments.cross``; needs `sequential`
+    """
+
+    def __init__(
+        self,
+        model: "LayerwiseModel",
+        tokens: Tokens,
+        *,
+        weights: TokenWeights | None = None,
+        strength: float = 1.0,
+        sequential: bool = True,
+        asymmetric: bool = False,
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._strength = strength
+        self.is_sequential = sequential
+        self._hidden = model.embed(tokens)
+        self._float = list(self._hidden) if sequential and asymmetric else None
+        self._at = 0
+        self._done: dict[int, Callable[[], Replaced]] = {}
+
+    def of_layer(self, number: int) -> dict[str, Moments]:
+        """Return the moments of a layer's weights by name; the layers before must be known."""
+        while self._at < number:
+            self._pass(self._at)
+            self._at += 1
+        layer = self._model.load(number)
+        sums: dict[str, _Sums] = {}
+        for chunk, hidden in enumerate(self._hidden):
+            exact = self._float_inputs(layer, chunk)
+
+            def add(product: "Product", chunk: int = chunk, exact: _Inputs = exact) -> None:
+                self._add(sums, product, chunk, exact)
+
+            layer.run(hidden, add)
+        return {name: one.moments() for name, one in sums.items()}
+
+    def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
+        """Remember what became of a layer."""
+        self._done[number] = replaced
+
+    def _float_inputs(self, layer: "Layer", chunk: int) -> "_Inputs":
+        """Return what the layer's weights see in the float model; empty if nobody asked."""
+        found: _Inputs = {}
+        if self._float is not None:
+            layer.run(
+                self._float[chunk],
+                lambda p: found.update({_key(p): (p.inputs.copy(), p.positions.copy())}),
+            )
+        return found
+
+    def _pass(self, number: int) -> None:
+        """Let all chunks through a layer that is done."""
+        replaced = self._done.pop(number, dict)
+        layer: Layer
+        if self._float is not None:
+            layer = self._model.load(number)
+            self._float = [layer.run(hidden) for hidden in self._float]
+        layer = self._model.load(number, replaced() if self.is_sequential else None)
+        self._hidden = [layer.run(hidden) for hidden in self._hidden]
+
+    def _add(
+        self,
+        sums: dict[str, "_Sums"],
+        product: "Product",
+        chunk: int,
+        exact: "_Inputs",
+    ) -> None:
+        kept = product.positions >= _FIRST
+        inputs, positions = product.inputs[kept], product.positions[kept]
+        one = sums.get(product.name)
+        if one is None:
+            n_mat = self._model.reference.tensors[product.name].shape[:-2]
+            one = _Sums(n_mat[0] if n_mat else 1, inputs.shape[1])
+            sums[product.name] = one
+        weights = self._token_weights(product.name)
+        w = None if weights is None else weights[chunk, positions]
+        float_inputs = None
+        seen, seen_positions = exact.get(_key(product), (inputs, product.positions[:0]))
+        if np.array_equal(seen_positions, product.positions):  # else the float model sent an
+            float_inputs = seen[kept]  # expert other tokens
+        one.add(product.matrix, inputs, w, float_inputs)
+
+    def _token_weights(self, name: str) -> FloatArray | None:
+        """Return a weight's token weights with mean 1, (n_chunks, n_tokens); None: all are 1."""
+        if self._weights is None or name not in self._weights:
+            return None
+        squares = self._weights[name]
+        mean = max(squares[:, _FIRST:].mean(), _TINY)
+        out: FloatArray = (1 - self._strength) + self._strength * squares / mean
+        return out.astype(np.float32)
+
+
+def _key(product: "Product") -> tuple[str, int]:
+    return product.name, product.matrix
+
+
+class _Sums:
+    """Running sums of one weight's moments.
+
+    The products are torch's, as the model's own: between two libraries' threads, each waiting
+    actively for its next work, a layer took four times as long.
+    """
+
+    def __init__(self, n_mat: int, n_in: int) -> None:
+        self.hessian = np.zeros((n_mat, n_in, n_in), np.float32)
+        self.cross: FloatArray | None = None
+        self.counts: npt.NDArray[np.int64] = np.zeros(n_mat, np.int64)
+
+    def add(
+        self, matrix: int, inputs: FloatArray, weights: FloatArray | None, exact: FloatArray | None
+    ) -> None:
+        if weights is not None:
+            root = np.sqrt(weights)[:, None]
+            exact = None if exact is None else exact * root
+            inputs = inputs * root
+        self.counts[matrix] += len(inputs)
+        _add_product(self.hessian[matrix], inputs, inputs)
+        if exact is not None:
+            if self.cross is None:
+                self.cross = np.zeros_like(self.hessian)
+            _add_product(self.cross[matrix], exact - inputs, inputs)
+
+    def moments(self) -> Moments:
+        """Return the means; experts with few inputs are shrunk towards the mean of all.
+
+        An expert of n inputs counts as n of n + n_in: below about n_in inputs its own second
+        moments are singular.
+        """
+        n_mat, n_in = self.hessian.shape[:2]
+        counts = self.counts.astype(np.float32)[:, None, None]
+        twice = (2 / np.maximum(counts, 1)).astype(np.float32)
+        cross = None if self.cross is None else self.cross * twice
+        if n_mat == 1:
+            return Moments(self.hessian * twice, cross)
+        few = np.float32(n_in)
+        pooled = self.hessian.sum(axis=0) * np.float32(2 / max(int(self.counts.sum()), 1))
+        shrunk: FloatArray = (2 * self.hessian + few * pooled) / (counts + few)
+        return Moments(shrunk, cross)
+
+
+def _add_product(total: FloatArray, left: FloatArray, right: FloatArray) -> None:
+    """Add leftᵀ right to `total` in place."""
+    import torch
+
+    torch.from_numpy(total).addmm_(torch.from_numpy(left).T, torch.from_numpy(right))

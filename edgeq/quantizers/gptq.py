@@ -1,0 +1,249 @@
+"""Error feedback and coordinate descent onto every grid of scalar codes that llama.cpp has.
+
+Public tools feed errors back without importance-weighted scales, or weigh without feedback; this
+does both, for k-quants, IQ4, MXFP4 and NVFP4 alike, because it sees a format only as groups of
+weights on a grid (``cpu_kernels.block_formats``).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from cpu_kernels.block_formats import FORMATS, BlockFormat
+from edgeq.errors import CalibrationError, RecipeError
+from edgeq.quantizers import Inputs, Rounded
+from edgeq.quantizers.descent import lower_loss
+from edgeq.quantizers.factor import ORDERS, Factored, error_bound, factor
+from edgeq.quantizers.feedback import (
+    Rounding,
+    batch_size,
+    batched,
+    feed_back_and_search,
+    feed_back_errors,
+)
+from edgeq.registry import unknown_name
+from edgeq.runtime.encoders import FloatArray, encode
+
+SEARCHES = ("static", "batch")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ on the file's own grid.
+
+    Attributes
+    ----------
+    order : in which columns are rounded: ``activation``, ``natural``, ``back-to-front``,
+        ``min-pivot``; the file's order is not touched
+    search : ``static`` scales, or searched again for each ``batch`` of compensated columns
+    feedback : False: start the descent from round-to-nearest
+    dampening_frac : added to the Hessian's diagonal, as a fraction of its mean
+    shrinkage : of the Hessian towards its diagonal, 0 to 1
+    sweeps : visits of coordinate descent to every column
+    reach : scales that the descent tries to both sides
+    refit : least-squares scales and offsets of super-blocks
+    """
+
+    order: str = "activation"
+    search: str = "static"
+    feedback: bool = True
+    dampening_frac: float = 0.01
+    shrinkage: float = 0.3
+    sweeps: int = 2
+    reach: int = 1
+    refit: bool = True
+
+    uses_hessian = True
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise RecipeError(f"gptq: {unknown_name('order', self.order, list(ORDERS))}")
+        if self.search not in SEARCHES:
+            raise RecipeError(f"gptq: {unknown_name('search', self.search, list(SEARCHES))}")
+        if not (0 <= self.shrinkage <= 1 and 0 <= self.dampening_frac < np.inf):
+            raise RecipeError(
+                f"gptq: shrinkage={self.shrinkage}, dampening_frac={self.dampening_frac}; expected "
+                "shrinkage from 0 to 1 and a damping of 0 or more."
+            )
+        if self.sweeps < 0 or self.reach < 0:
+            raise RecipeError(
+                f"gptq: sweeps={self.sweeps}, reach={self.reach}; expected 0 or more of both."
+            )
+
+    def quantize(
+        self,
+        name: str,
+        weight: FloatArray,
+        qtype: GGMLQuantizationType,
+        inputs: Inputs,
+        *,
+        n_threads: int | None = None,
+    ) -> Rounded:
+        """Return the packed rows of a weight, see ``edgeq.quantizers.Quantizer``.
+
+        What cannot be rounded so (a type of lattice codes, no second moments, an expert that no
+        token reached) is rounded to nearest; the facts then say why.
+
+        Raises
+        ------
+        CalibrationError
+            The second moments have another shape, or are not finite.
+        """
+        packed = encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name)
+        if inputs.hessian is None:
+            return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
+        matrices = weight.reshape(-1, *weight.shape[-2:])
+        _check(name, inputs.hessian, (len(matrices), weight.shape[-1]))
+        fmt = FORMATS.get(qtype)
+        if fmt is None:
+            return Rounded(packed, {"fallback": f"rtn: {qtype.name} has no scalar codes"})
+        rows = packed.reshape(len(matrices), -1, packed.shape[1])
+        totals = _Totals()
+        out = np.empty_like(rows)
+        for number, matrix in enumerate(matrices):
+            start = Rounding.of(fmt, rows[number])
+            rounding = self._round(name, matrix, inputs.hessian[number], start, totals, n_threads)
+            out[number] = rows[number] if rounding is None else rounding.packed()
+        return Rounded(out.reshape(packed.shape), totals.facts())
+
+    def _round(
+        self,
+        name: str,
+        weight: FloatArray,
+        hessian: FloatArray,
+        nearest: Rounding,
+        totals: "_Totals",
+        n_threads: int | None,
+    ) -> Rounding | None:
+        """Return a better rounding than `nearest`; None if nothing is known about the inputs."""
+        if not np.diagonal(hessian).max() > 0 or not np.any(weight):
+            totals.unreached += 1
+            return None
+        weight = np.ascontiguousarray(weight)
+        regroup = None
+        if self.search == "batch":
+            regroup = partial(batched, size=batch_size(nearest.fmt, weight.shape[1]))
+        factored = factor(
+            name,
+            hessian,
+            order=self.order,
+            shrinkage=self.shrinkage,
+            dampening_frac=self.dampening_frac,
+            regroup=regroup,
+        )
+        rounding = nearest
+        if self.feedback:
+            rounding = self._feed_back(weight, factored, nearest, n_threads)
+        rounding = _own(rounding)
+        for _ in range(self.sweeps):
+            lower_loss(rounding, weight, factored.hessian, reach=self.reach, refits=self.refit)
+        before = row_losses(nearest.values - weight, factored.hessian)
+        after = row_losses(rounding.values - weight, factored.hessian)
+        better = (after < before)[:, None]  # NaN is not better
+        kept = _choose(better, rounding, nearest)
+        totals.add(weight, kept, factored, before, np.where(better[:, 0], after, before))
+        return kept
+
+    def _feed_back(
+        self, weight: FloatArray, factored: Factored, nearest: Rounding, n_threads: int | None
+    ) -> Rounding:
+        importances = np.ascontiguousarray(np.diagonal(factored.hessian))
+        if self.search == "static":
+            searched = encode(weight, nearest.fmt.qtype, importances[None], n_threads=n_threads)
+            return feed_back_errors(Rounding.of(nearest.fmt, searched), weight, factored)
+        return feed_back_and_search(nearest, weight, factored, importances, n_threads=n_threads)
+
+
+def row_losses(error: FloatArray, hessian: FloatArray) -> FloatArray:
+    """Return ½ e H eᵀ of every row e, (n_out,) float32."""
+    losses: FloatArray = 0.5 * np.einsum("ij,ij->i", error @ hessian, error)
+    return losses
+
+
+def _check(name: str, hessian: FloatArray, shape: tuple[int, int]) -> None:
+    n_mat, n_in = shape
+    if hessian.shape != (n_mat, n_in, n_in):
+        raise CalibrationError(
+            f"{name}: second moments of shape {hessian.shape}, expected {(n_mat, n_in, n_in)}. "
+            "They belong to another model: calibrate this one."
+        )
+    if not np.isfinite(hessian).all():
+        raise CalibrationError(
+            f"{name}: its second moments are not finite, expected finite numbers. The model "
+            "overflows on this text: give its F32 or BF16 weights, or another text."
+        )
+
+
+def _own(rounding: Rounding) -> Rounding:
+    """Return a copy whose arrays may be written."""
+    fields = type(rounding.fields)(*(values.copy() for values in vars(rounding.fields).values()))
+    return Rounding(rounding.fmt, fields, rounding.codes.copy(), rounding.values.copy())
+
+
+def _choose(better: np.ndarray, rounding: Rounding, nearest: Rounding) -> Rounding:
+    """Return the rows of `rounding` that are better than `nearest`, and its rows elsewhere."""
+    fields = type(rounding.fields)(
+        *(
+            np.where(better, new, old)
+            for new, old in zip(
+                vars(rounding.fields).values(), vars(nearest.fields).values(), strict=True
+            )
+        )
+    )
+    return Rounding(
+        rounding.fmt,
+        fields,
+        np.where(better, rounding.codes, nearest.codes),
+        np.where(better, rounding.values, nearest.values),
+    )
+
+
+@dataclass
+class _Totals:
+    """Sums over the matrices of a tensor, for its facts."""
+
+    loss: float = 0.0
+    loss_nearest: float = 0.0
+    bound: float = 0.0
+    dampening_frac: float = 0.0
+    unreached: int = 0
+    rows: int = 0
+    rows_kept: int = 0
+
+    def add(
+        self,
+        weight: FloatArray,
+        kept: Rounding,
+        factored: Factored,
+        before: FloatArray,
+        after: FloatArray,
+    ) -> None:
+        self.loss += float(after.sum(dtype=np.float64))
+        self.loss_nearest += float(before.sum(dtype=np.float64))
+        self.bound += error_bound(factored.upper, _steps(kept.fmt, kept)[:, factored.order])
+        self.dampening_frac = max(self.dampening_frac, factored.dampening_frac)
+        self.rows += len(before)
+        self.rows_kept += int((after < before).sum())
+
+    def facts(self) -> dict[str, float | str]:
+        """Return losses ½ tr(E H Eᵀ), the bound of error feedback without clipping, and reasons."""
+        found: dict[str, float | str] = {}
+        if self.rows:
+            found = {
+                "loss": self.loss,
+                "loss_rtn": self.loss_nearest,
+                "loss_bound": self.bound,
+                "dampening_frac": self.dampening_frac,
+                "rows_better_than_rtn": self.rows_kept / self.rows,
+            }
+        if self.unreached:
+            found["fallback"] = f"rtn: {self.unreached} of its matrices saw no input, or are zero"
+        return found
+
+
+def _steps(fmt: BlockFormat, rounding: Rounding) -> FloatArray:
+    """Return the greatest distance of neighbouring grid values at every weight."""
+    scale = np.abs(fmt.grid(rounding.fields)[0]) * np.diff(fmt.levels).max()
+    return np.repeat(scale, fmt.group_size, axis=1)

@@ -1,0 +1,270 @@
+"""The roundings of one export: the wanted one, and round-to-nearest, which it has to beat."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import safe_open
+
+from converters.gguf_file import write_gguf
+from edgeq import provenance
+from edgeq.allocation import Plan
+from edgeq.calibration import collect
+from edgeq.calibration.fisher import TokenWeights, token_weights
+from edgeq.calibration.moments import LayerwiseMoments, MomentsSource, StoredMoments
+from edgeq.console import Steps
+from edgeq.errors import CalibrationError
+from edgeq.evaluation import evaluate
+from edgeq.opening import Reference, Texts, UsedText
+from edgeq.quantization import Importances, Quantized, Rules, layers_of, quantize_layers
+from edgeq.quantizers import Quantizer, make_quantizer, origin_of
+from edgeq.recipe import Recipe
+from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
+
+if TYPE_CHECKING:
+    from edgeq.layerwise import LayerwiseModel
+
+_AGREES = 1e-3  # nats: ggml's float16 tables alone make 1e-5, another function 1e-1
+
+
+class Roundings:
+    """Makes roundings and compares them.
+
+    Attributes
+    ----------
+    notes : sentences for the report
+    verification : mean KL divergences on the tuning text, by method; empty: not compared
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        reference: Reference,
+        plan: Plan,
+        importances: Importances | None,
+        weighed_by: str | None,
+        work: WorkDirectory,
+        steps: Steps,
+    ) -> None:
+        self.recipe = recipe
+        self.reference = reference
+        self.plan = plan
+        self.importances = importances
+        self.weighed_by = weighed_by
+        self.work = work
+        self.steps = steps
+        self.notes: list[str] = []
+        self.verification: dict[str, float] = {}
+
+    def best(self, quantizer: Quantizer, texts: Texts) -> Quantized:
+        """Quantize as the recipe says; if that is to be verified, return what is better.
+
+        Raises
+        ------
+        EdgeqError, ConversionError
+            A tensor cannot be quantized; without ``auto`` also: there are no second moments.
+        """
+        method = self.recipe.method
+        moments = None
+        if texts.calibration is not None and (quantizer.uses_hessian or method.transforms):
+            moments = self._moments(texts.calibration)
+        rules = Rules(
+            quantizer,
+            method.transforms if moments is not None else (),
+            method.asymmetric,
+            self.recipe.allow_requantize,
+            self.recipe.n_threads,
+        )
+        about: dict[str, Any] = {
+            "method": dataclasses.asdict(method),
+            "source": type(moments).__name__,
+        }
+        if moments is not None and texts.calibration is not None:
+            about["text"] = texts.calibration.manifest.sha256
+            about["seed"] = self.recipe.texts.seed  # of the gradients
+        wanted = self._quantize("quantize", rules, moments, method.quantizer, about, "layers")
+        if not method.is_verified or texts.tuning is None:
+            return wanted
+        plain = Rules(make_quantizer("rtn"), (), 0.0, rules.allow_requantize, rules.n_threads)
+        nearest = self._quantize("verify", plain, None, "rtn", {}, "layers-rtn")
+        return self._better(wanted, nearest, texts.tuning)
+
+    def as_json(self, chosen: Quantized) -> dict[str, Any]:
+        """Return what the report tells about the rounding that was shipped."""
+        return {
+            "method": dataclasses.asdict(self.recipe.method),
+            "verification": self.verification,
+            "tensors": chosen.facts,
+            "folds": chosen.folds,
+        }
+
+    def _quantize(
+        self,
+        step: str,
+        rules: Rules,
+        moments: MomentsSource | None,
+        quantizer: str,
+        about: dict[str, Any],
+        directory: str,
+    ) -> Quantized:
+        with self.steps.step(step) as progress:
+            made_by = {
+                **about,
+                "reference": self.reference.sha256,
+                "importances": self.weighed_by,
+                "quantizer": quantizer,
+                "versions": provenance.versions(origin_of(quantizer)),
+            }
+            return quantize_layers(
+                rules,
+                self.reference,
+                self.plan,
+                self.importances,
+                moments,
+                made_by,
+                directory,
+                self.work,
+                progress,
+            )
+
+    # --- second moments --------------------------------------------------------------------------
+
+    def _moments(self, text: UsedText) -> MomentsSource | None:
+        """Return the moments of the torch model if it is the same function, else llama.cpp's."""
+        method = self.recipe.method
+        try:
+            model = self._torch_model(text)
+        except CalibrationError as error:
+            self.notes.append(f"Second moments of the float model alone, from llama.cpp: {error}")
+            return self._stored(text)
+        weights = None
+        if method.hessian == "fisher":
+            weights = self._token_weights(model, text)
+        with self.steps.step("moments"):
+            return LayerwiseMoments(
+                model,
+                text.rows,
+                weights=weights,
+                sequential=method.sequential,
+                asymmetric=method.asymmetric > 0,
+            )
+
+    def _torch_model(self, text: UsedText) -> "LayerwiseModel":
+        """Return the float model in torch, if it computes what llama.cpp computes.
+
+        Raises
+        ------
+        CalibrationError
+            There is no torch, transformers does not know the model, or it is another function.
+        """
+        with self.steps.step("moments"):
+            from edgeq.layerwise import LayerwiseModel, check_agrees
+
+            reference = self.reference
+            model = LayerwiseModel.open(
+                reference.file, reference.checkpoint, n_threads=self.recipe.n_threads
+            )
+            divergence = check_agrees(model, reference.path, text.rows[0])
+            if not divergence < _AGREES:
+                raise CalibrationError(
+                    f"{reference.path}: torch's logits are {divergence:.2g} nats from llama.cpp's, "
+                    f"expected less than {_AGREES:g}; the torch model is another function."
+                )
+            return model
+
+    def _token_weights(self, model: "LayerwiseModel", text: UsedText) -> TokenWeights:
+        with self.steps.step("gradients") as progress:
+            path = self.work.artefact(
+                "gradients.safetensors",
+                {
+                    "reference": self.reference.sha256,
+                    "text": text.manifest.sha256,
+                    "seed": self.recipe.texts.seed,
+                    "versions": provenance.versions(),
+                },
+                lambda out: save_arrays(
+                    token_weights(model, text.rows, seed=self.recipe.texts.seed, progress=progress),
+                    out,
+                ),
+            )
+            with safe_open(path, framework="numpy") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+
+    def _stored(self, text: UsedText) -> MomentsSource | None:
+        layers = layers_of(self.plan, self.reference.file)
+        names = {e.name for key, es in layers.items() if key.startswith("blk.") for e in es}
+        with self.steps.step("moments") as progress:
+            try:
+                found = collect(
+                    self.reference.path,
+                    text.rows,
+                    hessians=names,
+                    n_threads=self.recipe.n_threads,
+                    progress=progress,
+                )
+            except CalibrationError as error:
+                if not self.recipe.method.is_verified:
+                    raise
+                self.notes.append(f"Rounded to nearest: {error}")
+                return None
+            return StoredMoments(found)
+
+    # --- verification ----------------------------------------------------------------------------
+
+    def _better(self, wanted: Quantized, nearest: Quantized, text: UsedText) -> Quantized:
+        """Return what is closer to the reference on the tuning text."""
+        name = self.recipe.method.quantizer
+        with self.steps.step("verify"):
+            path = self.work.artefact(
+                "verification.json",
+                {
+                    "wanted": _digests(wanted),
+                    "rtn": _digests(nearest),
+                    "reference": self.reference.sha256,
+                    "text": text.manifest.sha256,
+                    "versions": provenance.versions(),
+                },
+                lambda out: out.write_text(
+                    json.dumps({name: self._kld(wanted, text), "rtn": self._kld(nearest, text)})
+                ),
+            )
+            self.verification = json.loads(path.read_text())
+        kld, kld_rtn = self.verification[name], self.verification["rtn"]
+        compared = f"on {len(text.rows)} chunks of tuning text {kld:.5f} nats, rtn {kld_rtn:.5f}"
+        if kld < kld_rtn:
+            losses = [
+                float(fact["loss"]) / float(fact["loss_rtn"])
+                for fact in wanted.facts.values()
+                if fact.get("loss_rtn")
+            ]
+            median = f", layer loss ×{statistics.median(losses):.2f}" if losses else ""
+            self.notes.append(f"Rounded by {name}: {compared} (×{kld / kld_rtn:.2f}){median}.")
+            return wanted
+        self.notes.append(f"Rounded to nearest (rtn): {name} was not better, {compared}.")
+        return nearest
+
+    def _kld(self, rounding: Quantized, text: UsedText) -> float:
+        """Return the mean KL divergence, nats, of the file that a rounding would make."""
+        file = self.reference.file
+        candidate = self.work.path / "candidate.gguf"
+        try:
+            paths = write_gguf(candidate, file.fields, rounding.sources(self.plan, file))
+            found = evaluate(
+                paths[0],
+                text.rows,
+                self.reference.path,
+                n_ctx=text.rows.shape[1],
+                n_threads=self.recipe.n_threads,
+            )
+        finally:
+            candidate.unlink(missing_ok=True)
+        kld = float(found.summary.kld.value)
+        return kld if np.isfinite(kld) else float(np.finfo(np.float32).max)
+
+
+def _digests(rounding: Quantized) -> dict[str, str]:
+    paths: set[Path] = set(rounding.paths.values())
+    return {path.name: file_sha256(path) for path in sorted(paths)}

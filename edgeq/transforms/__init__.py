@@ -1,0 +1,38 @@
+"""Function-preserving folds: diagonal scales that move between tensors and make them round better.
+
+``fold_sites`` says where one GGUF file allows it, ``search_scales`` whether and how strongly it
+pays with the quantizer that is exported, ``tensor_scales`` what becomes of each tensor, and
+``check_preserved`` proves through llama.cpp that the float model's function is the same.
+"""
+
+from edgeq.transforms.loss import QuantizerLoss
+from edgeq.transforms.proof import check_preserved, write_folded
+from edgeq.transforms.scales import (
+    TensorScales,
+    apply,
+    fold_hessian,
+    fold_importances,
+    nearest_powers_of_two,
+    tensor_scales,
+    unfold,
+)
+from edgeq.transforms.search import METHODS, SiteChoice, search_scales
+from edgeq.transforms.sites import FoldSite, fold_sites
+
+__all__ = [
+    "METHODS",
+    "FoldSite",
+    "QuantizerLoss",
+    "SiteChoice",
+    "TensorScales",
+    "apply",
+    "check_preserved",
+    "fold_hessian",
+    "fold_importances",
+    "fold_sites",
+    "nearest_powers_of_two",
+    "search_scales",
+    "tensor_scales",
+    "unfold",
+    "write_folded",
+]

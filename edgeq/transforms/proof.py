@@ -1,0 +1,94 @@
+"""The proof that folds keep a model's function: KL divergence through llama.cpp."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from converters.gguf_file import GgufFile, TensorSource, write_gguf
+from cpu_kernels.divergence import divergence
+from edgeq.errors import EvaluationError
+from edgeq.runtime.model import Model, Tokens
+from edgeq.transforms.scales import TensorScales, apply, tensor_scales
+from edgeq.transforms.sites import FloatArray, FoldSite
+
+
+def check_preserved(before: Path | str, after: Path | str, tokens: Tokens) -> float:
+    """Return the mean KL divergence of `after` from `before`, nats a token.
+
+    Keys and values are kept in float32: llama.cpp's float16 alone makes 1e-6 between two spellings
+    of one function. Where ggml looks GELU up in a float16 table, folds of the norm before it still
+    leave up to 1e-6, because sums that are rounded otherwise fall to the other side of an entry.
+
+    Parameters
+    ----------
+    before, after : GGUF files with the same vocabulary
+    tokens : (n,) or (n_chunks, n) int32; every row is a sequence of its own, run as it is
+
+    Raises
+    ------
+    EvaluationError
+        The vocabularies differ, there is no token, or the logits are not finite.
+    RuntimeLibraryError
+        llama.cpp refuses a file.
+    """
+    rows = np.atleast_2d(tokens)
+    if rows.size == 0:
+        raise EvaluationError(f"{after}: no token to compare it on. Give at least one.")
+    n_ctx = rows.shape[1]
+    with (
+        Model(before, n_ctx=n_ctx, exact_attention=True) as reference,
+        Model(after, n_ctx=n_ctx, exact_attention=True) as candidate,
+    ):
+        if reference.n_vocab != candidate.n_vocab:
+            raise EvaluationError(
+                f"{after}: a vocabulary of {candidate.n_vocab} tokens, expected "
+                f"{reference.n_vocab} as in {before}. Compare files of one model."
+            )
+        if rows.min() < 0 or rows.max() >= reference.n_vocab:
+            raise EvaluationError(
+                f"{before}: tokens from {rows.min()} to {rows.max()}, expected 0 to "
+                f"{reference.n_vocab - 1}. Tokenize with this model's vocabulary."
+            )
+        nobody = np.zeros(n_ctx, np.int32)  # which token follows does not matter here
+        means = [
+            divergence(reference.logits(row), candidate.logits(row), nobody).kld.mean()
+            for row in rows
+        ]
+    kld = float(np.mean(means))
+    if not np.isfinite(kld):
+        raise EvaluationError(
+            f"{after}: the KL divergence from {before} is {kld}; one of them gives logits that "
+            "are not finite. Fold with smaller scales."
+        )
+    return kld
+
+
+def write_folded(
+    file: GgufFile, path: Path | str, scales: Mapping[FoldSite, FloatArray]
+) -> list[Path]:
+    """Write a copy of a model with folded weights; the changed tensors are stored as F32.
+
+    Returns
+    -------
+    The written files.
+
+    Raises
+    ------
+    RecipeError
+        A fold is refused, or its scales do not fit.
+    ConversionError
+        The file cannot be written.
+    """
+    folded = tensor_scales(file, scales)
+    sources = [_source(file, name, folded.get(name)) for name in file.tensors]
+    return write_gguf(path, file.fields, sources)
+
+
+def _source(file: GgufFile, name: str, scales: TensorScales | None) -> TensorSource:
+    info = file.tensors[name]
+    if scales is None:
+        return TensorSource(name, info.qtype, info.shape, lambda: file.read_bytes(name))
+    f32 = GGMLQuantizationType.F32
+    return TensorSource(name, f32, info.shape, lambda: apply(file.read_float(name), scales))

@@ -1,0 +1,229 @@
+"""Second moments of the torch model and of llama.cpp, and what weighs their tokens."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert
+from converters.gguf_file import open_gguf
+from edgeq.calibration import collect, fisher
+from edgeq.calibration.fisher import token_weights
+from edgeq.calibration.moments import LayerwiseMoments, StoredMoments
+from edgeq.runtime.model import Model
+from edgeq.runtime.observer import Observer
+from tests import tiny_gguf, tiny_models
+
+torch = pytest.importorskip("torch")
+layerwise = pytest.importorskip("edgeq.layerwise")
+
+TOKENS = np.random.RandomState(0).randint(3, 260, (3, 48)).astype(np.int32)
+ROUNDING = 1e-4  # between torch's and ggml's float32 products; 1e-5 was measured
+BFLOAT16 = 2e-2  # of squares of the backward products; 5e-3 was measured
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module", params=["llama", "mixtral"])
+def path(request, tmp_path_factory):
+    return tiny_gguf.write(tmp_path_factory.mktemp("moments") / "tiny.gguf", request.param)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return layerwise.LayerwiseModel.open(open_gguf(path), None)
+
+
+def distance(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def moments(inputs, weights=None, others=None):
+    """2/N Σ w y xᵀ of (n, n_in) inputs x; y is x if there are no others."""
+    x = inputs.astype(np.float64)
+    y = x if others is None else others.astype(np.float64)
+    w = np.ones(len(x)) if weights is None else weights
+    return 2 / len(x) * (y * w[:, None]).T @ x
+
+
+def inputs_of(layer, chunks):
+    """What each plain weight sees of all tokens but the first of each chunk: (n, n_in)."""
+    seen = {}
+    for hidden in chunks:
+        layer.run(hidden, lambda p: seen.setdefault((p.name, p.matrix), []).append(p.inputs[1:]))
+    return {name: np.concatenate(rows) for (name, _), rows in seen.items()}
+
+
+def test_plain_moments_are_those_of_what_llama_cpp_sees(path, model):
+    """Without the first token of each chunk; experts are shrunk towards the mean of all."""
+    seen = {}
+
+    def keep(product):
+        ids = product.expert_ids
+        values = product.values[:, :, 1:] if ids is None else product.values[:, 1:]
+        ids = None if ids is None else ids[1:]
+        later = dataclasses.replace(product, values=values, expert_ids=ids)
+        for matrix, rows in later.by_matrix():
+            seen.setdefault(product.name, {}).setdefault(matrix, []).append(rows.copy())
+
+    with Model(path, n_ctx=48, n_threads=1, cb_eval=Observer(keep), exact_attention=True) as llama:
+        for row in TOKENS:
+            llama.logits(row)
+    source = LayerwiseMoments(model, TOKENS, sequential=False)
+    found = source.of_layer(0) | source.of_layer(1)
+    assert found.keys() == seen.keys()
+    for name, by_matrix in seen.items():
+        rows = {matrix: np.concatenate(chunks) for matrix, chunks in by_matrix.items()}
+        everything = moments(np.concatenate(list(rows.values())))
+        n_mat, n_in, _ = found[name].hessian.shape
+        assert n_mat == (4 if "_exps" in name else 1)
+        assert found[name].cross is None
+        for matrix in range(n_mat):
+            n = len(rows[matrix])
+            expected = moments(rows[matrix])
+            if n_mat > 1:
+                expected = (n * expected + n_in * everything) / (n + n_in)
+            assert distance(found[name].hessian[matrix], expected) < ROUNDING, name
+
+
+def test_an_expert_that_saw_nothing_has_the_moments_of_all(tmp_path):
+    name = "blk.0.ffn_gate_inp.weight"
+    router = tiny_gguf.values(name, (8, tiny_gguf.N_EMBD))
+    router[1], router[3], router[6] = -router[0], -router[2], -router[4]
+    router[5] = 0  # three others are positive, and three are chosen
+    path = tiny_gguf.write(tmp_path / "moe.gguf", "qwen3moe", replace={name: router})
+    model = layerwise.LayerwiseModel.open(open_gguf(path), None)
+    up = "blk.0.ffn_up_exps.weight"
+    seen = {}
+
+    def keep(product):
+        if product.name == up:
+            rows = product.inputs[product.positions > 0]
+            seen.setdefault(product.matrix, []).append(rows.copy())
+
+    for hidden in model.embed(TOKENS):
+        model.load(0).run(hidden, keep)
+    assert set(seen) == set(range(8)) - {5}
+    found = LayerwiseMoments(model, TOKENS).of_layer(0)[up].hessian
+    everything = moments(np.concatenate([rows for chunks in seen.values() for rows in chunks]))
+    assert distance(found[5], everything) < 1e-5
+    assert distance(found[4], everything) > 0.01
+
+
+def test_weights_of_mean_one_weigh_tokens(model):
+    name = "blk.1.attn_output.weight"
+    squares = np.random.RandomState(1).exponential(5, TOKENS.shape).astype(np.float32)
+    squares[:, 0] = 1e6  # the first token does not take part
+    hidden = [model.load(0).run(chunk) for chunk in model.embed(TOKENS)]
+    inputs = inputs_of(model.load(1), hidden)
+    later = squares[:, 1:]
+    for strength in (1.0, 0.25):
+        source = LayerwiseMoments(model, TOKENS, weights={name: squares}, strength=strength)
+        found = source.of_layer(1)
+        w = 1 - strength + strength * (later / later.mean()).ravel()
+        assert distance(found[name].hessian[0], moments(inputs[name], w)) < 1e-5
+        other = "blk.1.attn_q.weight"  # has no weights
+        assert distance(found[other].hessian[0], moments(inputs[other])) < 1e-5
+
+
+def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
+    """And its distance from what they gave in the float model."""
+    file = model.reference
+    replaced = {n: file.read_float(n.replace("blk.0", "blk.1")) for n in model.matrices(0)}
+    embedded = model.embed(TOKENS)
+    before = [model.load(0).run(chunk) for chunk in embedded]
+    after = [model.load(0, replaced).run(chunk) for chunk in embedded]
+    was, now = (inputs_of(model.load(1), chunks) for chunks in (before, after))
+    names = ["blk.1.attn_q.weight", "blk.1.attn_output.weight"]
+    for sequential in (True, False):
+        source = LayerwiseMoments(model, TOKENS, sequential=sequential, asymmetric=sequential)
+        first = source.of_layer(0)
+        source.advance(0, lambda: replaced)
+        found = source.of_layer(1)
+        for name in names:
+            expected = (now if sequential else was)[name]
+            assert distance(found[name].hessian[0], moments(expected)) < 1e-5
+            if not sequential:
+                assert found[name].cross is None
+                continue
+            cross = moments(now[name], others=was[name] - now[name])
+            assert distance(found[name].cross[0], cross) < 1e-5
+            assert not first[name.replace("blk.1", "blk.0")].cross.any()
+
+
+def test_stored_moments_are_the_statistics(path):
+    statistics = collect(path, TOKENS, hessians=True, n_threads=1)
+    source = StoredMoments(statistics)
+    seen = set()
+    for layer in range(tiny_gguf.N_LAYERS):
+        found = source.of_layer(layer)
+        assert all(name.startswith(f"blk.{layer}.") for name in found)
+        for name, one in found.items():
+            assert np.array_equal(one.hessian, statistics.hessian(name))
+            assert one.cross is None
+        source.advance(layer, lambda: pytest.fail("nobody asks what became of a layer"))
+        seen |= found.keys()
+    assert seen == set(statistics.first_with)
+
+
+def whole_squares(model, modules, chunk, seed):
+    """Mean squared gradients at the outputs of modules, by autograd through the whole model."""
+    outputs = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda *call, name=name: outputs.update({name: call[2]})
+        )
+        for name in modules
+    ]
+    logits = model(torch.from_numpy(chunk.astype(np.int64))[None]).logits[0]
+    for hook in hooks:
+        hook.remove()
+    log_p = torch.log_softmax(logits, -1)
+    total = log_p.detach().exp().cumsum(-1)
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand((len(chunk), 1), generator=generator)
+    drawn = torch.searchsorted(total, u * total[:, -1:], right=True)
+    gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(outputs.values()))
+    return {
+        name: each[0].square().mean(dim=1).numpy()
+        for name, each in zip(outputs, gradients, strict=True)
+    }
+
+
+def test_token_weights_are_squared_gradients_of_the_whole_model(tmp_path, monkeypatch):
+    made = tiny_models.build("llama3", tmp_path)
+    convert(open_checkpoint(made.directory), tmp_path / "m.gguf", ftype="f32")
+    model = layerwise.LayerwiseModel.open(open_gguf(tmp_path / "m.gguf"), made.directory)
+    names = {
+        "model.layers.0.self_attn.k_proj": "blk.0.attn_k.weight",
+        "model.layers.0.mlp.up_proj": "blk.0.ffn_up.weight",
+        "model.layers.1.self_attn.o_proj": "blk.1.attn_output.weight",
+        "model.layers.1.mlp.down_proj": "blk.1.ffn_down.weight",
+    }
+    steps = []
+    found = token_weights(model, TOKENS, seed=5, progress=lambda *step: steps.append(step))
+    assert steps == [(done, 4) for done in range(1, 5)]
+    assert set(found) == {n for layer in range(2) for n in model.matrices(layer)}
+    for chunk, row in enumerate(TOKENS):
+        expected = whole_squares(made.model, names, row, 5 + chunk)
+        for module, name in names.items():
+            assert found[name].shape == TOKENS.shape
+            assert distance(found[name][chunk], expected[module]) < BFLOAT16, name
+    monkeypatch.setattr(fisher, "batch_of_chunks", lambda *_: 2)  # not all chunks at once
+    again = token_weights(model, TOKENS, seed=5)
+    assert all(np.array_equal(again[name], found[name]) for name in found)
+    other = token_weights(model, TOKENS[:1], seed=6)
+    assert not np.allclose(other["blk.0.attn_k.weight"], found["blk.0.attn_k.weight"][:1], rtol=0.1)
+
+
+def test_a_batch_of_chunks_fits_into_memory():
+    at_once = fisher.batch_of_chunks(25, 512 * 576 * 4)
+    assert at_once >= 1
+    assert fisher.batch_of_chunks(25, 1 << 60) == 1
