@@ -141,11 +141,11 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
     help="Fold channel scales before rounding; auto: where the quantizer is auto.",
 )
 @click.option(
-    "--hessian",
-    type=click.Choice(["fisher", "plain"]),
-    default="fisher",
+    "--fisher",
+    type=float,
+    default=1.0,
     show_default=True,
-    help="Weigh second moments by squared gradients, or not.",
+    help="How far to weigh second moments by squared gradients, 0 to 1.",
 )
 @click.option(
     "--sequential/--no-sequential",
@@ -183,7 +183,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         quantizer=options["quantizer"],
         effort=options["effort"],
         transform=options["transform"],
-        hessian=options["hessian"],
+        fisher=options["fisher"],
         sequential=options["sequential"],
         asymmetric=options["asymmetric"],
         imatrix=options["imatrix"],

@@ -22,6 +22,7 @@ from edgeq.calibration import collect
 from edgeq.console import Progress, Steps
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
 from edgeq.opening import (
+    AUTO_CHUNKS,
     Reference,
     SourceChoice,
     Texts,
@@ -102,8 +103,11 @@ def _texts(
 ) -> Texts:
     uses_moments = quantizer.uses_hessian or bool(recipe.method.transforms)
     choice = recipe.texts
-    if uses_moments and choice.chunks is None and not choice.is_auto:
-        choice = dataclasses.replace(choice, chunks=recipe.budget.chunks)
+    if uses_moments and choice.chunks is None:
+        n_chunks = recipe.budget.chunks
+        if choice.is_auto:  # its text has to be written first
+            n_chunks = min(n_chunks, AUTO_CHUNKS)
+        choice = dataclasses.replace(choice, chunks=n_chunks)
     return prepare_texts(
         choice,
         reference,

@@ -87,7 +87,7 @@ class Method:
     Attributes
     ----------
     quantizer : ``NAME`` or ``NAME:key=value,...``
-    hessian : second moments of the inputs: ``fisher`` (weighted by squared gradients) or ``plain``
+    fisher : 0 to 1, how far second moments are weighted by squared gradients
     sequential : each layer is calibrated through the quantized layers before it
     transforms : methods of the search for folds; empty: nothing is folded
     asymmetric : 0 to 1, how far weights are moved to make up for the layers before
@@ -95,7 +95,7 @@ class Method:
     """
 
     quantizer: str
-    hessian: str = "fisher"
+    fisher: float = 1.0
     sequential: bool = True
     transforms: tuple[str, ...] = ()
     asymmetric: float = 0.0
@@ -114,7 +114,7 @@ class Recipe:
     plan : a ``plan.json`` to follow
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
-    hessian, sequential, asymmetric : see ``Method``
+    fisher, sequential, asymmetric : see ``Method``
     transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
     use_imatrix : False rounds without any calibration
@@ -134,7 +134,7 @@ class Recipe:
     plan: Path | None = None
     quantizer: str = "auto"
     effort: str = "default"
-    hessian: str = "fisher"
+    fisher: float = 1.0
     sequential: bool = True
     asymmetric: float = 0.0
     transform: str = "auto"
@@ -154,13 +154,13 @@ class Recipe:
             raise RecipeError("--imatrix and --no-imatrix contradict each other; give one.")
         for flag, value, known in (
             ("--effort", self.effort, tuple(EFFORTS)),
-            ("--hessian", self.hessian, ("fisher", "plain")),
             ("--transform", self.transform, ("auto", "fold", "none")),
         ):
             if value not in known:
                 raise RecipeError(f"{flag}: got {value!r}, expected one of {', '.join(known)}.")
-        if not 0 <= self.asymmetric <= 1:
-            raise RecipeError(f"--asymmetric: got {self.asymmetric}, expected 0 to 1.")
+        for flag, strength in (("--fisher", self.fisher), ("--asymmetric", self.asymmetric)):
+            if not 0 <= strength <= 1:
+                raise RecipeError(f"{flag}: got {strength}, expected 0 to 1.")
         if self.asymmetric and not self.sequential:
             raise RecipeError(
                 "--asymmetric makes up for the layers before: it needs --sequential. Give one."
@@ -191,7 +191,7 @@ class Recipe:
         folds = self.transform == "fold" or (self.transform == "auto" and is_auto)
         return Method(
             f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
-            self.hessian,
+            self.fisher,
             self.sequential,
             self.budget.transforms if folds else (),
             self.asymmetric,

@@ -141,13 +141,14 @@ class Roundings:
             self.notes.append(f"Second moments of the float model alone, from llama.cpp: {error}")
             return self._stored(text)
         weights = None
-        if method.hessian == "fisher":
+        if method.fisher > 0:
             weights = self._token_weights(model, text)
         with self.steps.step("moments"):
             return LayerwiseMoments(
                 model,
                 text.rows,
                 weights=weights,
+                strength=method.fisher,
                 sequential=method.sequential,
                 asymmetric=method.asymmetric > 0,
             )

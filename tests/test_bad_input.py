@@ -303,7 +303,10 @@ def test_conversations_need_a_chat_template(tiny, place):
     [
         (("--type", "Q4_KM"), "unknown preset 'Q4_KM'; known: F32, F16"),
         (("--type", "Q4_KM"), "Did you mean 'Q4_K_M'?"),
-        (("--quantizer", "rtm"), "unknown quantizer 'rtm'; known: auto, gptq, rtn. Did you mean 'rtn'?"),
+        (
+            ("--quantizer", "rtm"),
+            "unknown quantizer 'rtm'; known: auto, gptq, rtn. Did you mean 'rtn'?",
+        ),
         (("--quantizer", "gptq:ordr=natural"), "unknown setting 'ordr'; known: order, search, "),
         (("--quantizer", "gptq:order=random"), "unknown order 'random'; known: "),
         (("--quantizer", "gptq:sweeps=many"), "sweeps is 'many', expected a value like 0."),

@@ -307,7 +307,7 @@ def test_a_quantizer_that_was_asked_for_does_not_fall_back(tiny, texts, tmp_path
 
 def test_settings_of_gptq_without_all_else(exported, tiny, texts, tmp_path):
     out = tmp_path / "out.gguf"
-    flags = ("--transform", "none", "--hessian", "plain", "--no-sequential", "--no-prove")
+    flags = ("--transform", "none", "--fisher", 0, "--no-sequential", "--no-prove")
     command = ("export", tiny, out, "--text", texts[0], *Q4_0, *flags, "--json", "--quantizer")
     report = done(*command, "gptq:order=min-pivot,sweeps=0").json()
     rounding = report["rounding"]
@@ -336,7 +336,7 @@ def test_text_of_second_moments_is_calibration_text(tiny, texts, tmp_path):
     """Also where a given imatrix was made of another text."""
     imatrix, out = tmp_path / "imatrix.gguf", tmp_path / "out.gguf"
     done("calibrate", tiny, "-o", imatrix, "--text", texts[1], "--ctx", 256, "--chunks", 4)
-    flags = ("--type", "Q4_0", "--ctx", 256, "--imatrix", imatrix, "--hessian", "plain")
+    flags = ("--type", "Q4_0", "--ctx", 256, "--imatrix", imatrix, "--fisher", 0)
     command = ("export", tiny, out, *flags, "--quantizer", "gptq:sweeps=0", "--no-prove")
     done(*command, "--text", texts[0])
     judged = ("--reference", tiny, "--ctx", 256, "--no-speed")

@@ -45,13 +45,12 @@ class Moments:
 
 
 class MomentsSource(Protocol):
-    """Where second moments come from; layers are asked for in order.
-
-    `is_sequential`: a layer's moments depend on what became of the layers before it.
-    """
+    """Where second moments come from; layers are asked for in order."""
 
     @property
-    def is_sequential(self) -> bool: ...
+    def is_sequential(self) -> bool:
+        """Whether a layer's moments depend on what became of the layers before it."""
+        ...
 
     def of_layer(self, number: int) -> dict[str, Moments]:
         """Return the moments of a layer's weights by name; what is missing was never seen."""
