@@ -64,19 +64,21 @@ class Effort:
     ----------
     chunks : of calibration text, unless the user says how many
     tuning_chunks : of the text on which the result is verified
+    fisher : see ``Method``; squared gradients cost time and, on few tokens, accuracy
     sweeps : of coordinate descent
     transforms : methods of the search for folds
     """
 
     chunks: int
     tuning_chunks: int
+    fisher: float
     sweeps: int
     transforms: tuple[str, ...]
 
 
 EFFORTS = {
-    "fast": Effort(chunks=12, tuning_chunks=4, sweeps=1, transforms=("balance",)),
-    "default": Effort(chunks=56, tuning_chunks=8, sweeps=2, transforms=("balance", "dual")),
+    "fast": Effort(24, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",)),
+    "default": Effort(40, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual")),
 }
 
 
@@ -95,7 +97,7 @@ class Method:
     """
 
     quantizer: str
-    fisher: float = 1.0
+    fisher: float = 0.5
     sequential: bool = True
     transforms: tuple[str, ...] = ()
     asymmetric: float = 0.0
@@ -114,7 +116,7 @@ class Recipe:
     plan : a ``plan.json`` to follow
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
-    fisher, sequential, asymmetric : see ``Method``
+    fisher, sequential, asymmetric : see ``Method``; fisher None: what the effort says
     transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
     use_imatrix : False rounds without any calibration
@@ -134,7 +136,7 @@ class Recipe:
     plan: Path | None = None
     quantizer: str = "auto"
     effort: str = "default"
-    fisher: float = 1.0
+    fisher: float | None = None
     sequential: bool = True
     asymmetric: float = 0.0
     transform: str = "auto"
@@ -159,7 +161,7 @@ class Recipe:
             if value not in known:
                 raise RecipeError(f"{flag}: got {value!r}, expected one of {', '.join(known)}.")
         for flag, strength in (("--fisher", self.fisher), ("--asymmetric", self.asymmetric)):
-            if not 0 <= strength <= 1:
+            if strength is not None and not 0 <= strength <= 1:
                 raise RecipeError(f"{flag}: got {strength}, expected 0 to 1.")
         if self.asymmetric and not self.sequential:
             raise RecipeError(
@@ -191,7 +193,7 @@ class Recipe:
         folds = self.transform == "fold" or (self.transform == "auto" and is_auto)
         return Method(
             f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
-            self.fisher,
+            self.budget.fisher if self.fisher is None else self.fisher,
             self.sequential,
             self.budget.transforms if folds else (),
             self.asymmetric,

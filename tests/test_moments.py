@@ -1,7 +1,5 @@
 """Second moments of the torch model and of llama.cpp, and what weighs their tokens."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,7 @@ from converters.convert import convert
 from converters.gguf_file import open_gguf
 from edgeq.calibration import collect, fisher
 from edgeq.calibration.fisher import token_weights
-from edgeq.calibration.moments import LayerwiseMoments, StoredMoments
+from edgeq.calibration.moments import LayerwiseMoments, StoredMoments, _without_outliers
 from edgeq.runtime.model import Model
 from edgeq.runtime.observer import Observer
 from tests import tiny_gguf, tiny_models
@@ -53,24 +51,35 @@ def moments(inputs, weights=None, others=None):
     return 2 / len(x) * (y * w[:, None]).T @ x
 
 
+def cut(rows, w=None):
+    """The weights of one chunk's inputs: none brings over a tenth of its typical energy."""
+    w = np.ones(len(rows)) if w is None else w
+    energy = w * np.square(rows.astype(np.float64)).sum(axis=1)
+    most = 0.1 * len(rows) * np.median(energy)
+    return np.where(energy > most, w * most / np.maximum(energy, 1e-300), w) if most > 0 else w
+
+
 def inputs_of(layer, chunks):
-    """What each plain weight sees of all tokens but the first of each chunk: (n, n_in)."""
+    """What each plain weight sees: a list of (n_tokens, n_in), chunk by chunk."""
     seen = {}
     for hidden in chunks:
-        layer.run(hidden, lambda p: seen.setdefault((p.name, p.matrix), []).append(p.inputs[1:]))
-    return {name: np.concatenate(rows) for (name, _), rows in seen.items()}
+        layer.run(hidden, lambda p: seen.setdefault(p.name, []).append(p.inputs.copy()))
+    return seen
+
+
+def together(chunks, weights=None):
+    """The moments of several chunks, outliers cut in each."""
+    weights = [None] * len(chunks) if weights is None else weights
+    w = [cut(rows, one) for rows, one in zip(chunks, weights, strict=True)]
+    return moments(np.concatenate(chunks), np.concatenate(w))
 
 
 def test_plain_moments_are_those_of_what_llama_cpp_sees(path, model):
-    """Without the first token of each chunk; experts are shrunk towards the mean of all."""
+    """Experts are shrunk towards the mean of all."""
     seen = {}
 
     def keep(product):
-        ids = product.expert_ids
-        values = product.values[:, :, 1:] if ids is None else product.values[:, 1:]
-        ids = None if ids is None else ids[1:]
-        later = dataclasses.replace(product, values=values, expert_ids=ids)
-        for matrix, rows in later.by_matrix():
+        for matrix, rows in product.by_matrix():
             seen.setdefault(product.name, {}).setdefault(matrix, []).append(rows.copy())
 
     with Model(path, n_ctx=48, n_threads=1, cb_eval=Observer(keep), exact_attention=True) as llama:
@@ -80,14 +89,13 @@ def test_plain_moments_are_those_of_what_llama_cpp_sees(path, model):
     found = source.of_layer(0) | source.of_layer(1)
     assert found.keys() == seen.keys()
     for name, by_matrix in seen.items():
-        rows = {matrix: np.concatenate(chunks) for matrix, chunks in by_matrix.items()}
-        everything = moments(np.concatenate(list(rows.values())))
+        everything = together([rows for chunks in by_matrix.values() for rows in chunks])
         n_mat, n_in, _ = found[name].hessian.shape
         assert n_mat == (4 if "_exps" in name else 1)
         assert found[name].cross is None
         for matrix in range(n_mat):
-            n = len(rows[matrix])
-            expected = moments(rows[matrix])
+            n = sum(len(rows) for rows in by_matrix[matrix])
+            expected = together(by_matrix[matrix])
             if n_mat > 1:
                 expected = (n * expected + n_in * everything) / (n + n_in)
             assert distance(found[name].hessian[matrix], expected) < ROUNDING, name
@@ -105,14 +113,13 @@ def test_an_expert_that_saw_nothing_has_the_moments_of_all(tmp_path):
 
     def keep(product):
         if product.name == up:
-            rows = product.inputs[product.positions > 0]
-            seen.setdefault(product.matrix, []).append(rows.copy())
+            seen.setdefault(product.matrix, []).append(product.inputs.copy())
 
     for hidden in model.embed(TOKENS):
         model.load(0).run(hidden, keep)
     assert set(seen) == set(range(8)) - {5}
     found = LayerwiseMoments(model, TOKENS).of_layer(0)[up].hessian
-    everything = moments(np.concatenate([rows for chunks in seen.values() for rows in chunks]))
+    everything = together([rows for chunks in seen.values() for rows in chunks])
     assert distance(found[5], everything) < 1e-5
     assert distance(found[4], everything) > 0.01
 
@@ -120,17 +127,28 @@ def test_an_expert_that_saw_nothing_has_the_moments_of_all(tmp_path):
 def test_weights_of_mean_one_weigh_tokens(model):
     name = "blk.1.attn_output.weight"
     squares = np.random.RandomState(1).exponential(5, TOKENS.shape).astype(np.float32)
-    squares[:, 0] = 1e6  # the first token does not take part
+    squares[:, 0] = 1e6  # does not count in the mean
     hidden = [model.load(0).run(chunk) for chunk in model.embed(TOKENS)]
     inputs = inputs_of(model.load(1), hidden)
     later = squares[:, 1:]
     for strength in (1.0, 0.25):
         source = LayerwiseMoments(model, TOKENS, weights={name: squares}, strength=strength)
         found = source.of_layer(1)
-        w = 1 - strength + strength * (later / later.mean()).ravel()
-        assert distance(found[name].hessian[0], moments(inputs[name], w)) < 1e-5
+        w = 1 - strength + strength * squares.astype(np.float64) / later.mean()
+        assert distance(found[name].hessian[0], together(inputs[name], list(w))) < 1e-5
         other = "blk.1.attn_q.weight"  # has no weights
-        assert distance(found[other].hessian[0], moments(inputs[other])) < 1e-5
+        assert distance(found[other].hessian[0], together(inputs[other])) < 1e-5
+
+
+def test_a_massive_token_takes_part_but_does_not_dominate():
+    """All others attend to the first one: left out, its error grew until it was all of it."""
+    rows = np.random.RandomState(2).standard_normal((48, 16)).astype(np.float32)
+    rows[0] *= 1000
+    w = _without_outliers(rows, np.ones(48, np.float32))
+    energy = w * np.square(rows).sum(axis=1)
+    assert energy[0] == pytest.approx(0.1 * 48 * np.median(np.square(rows).sum(axis=1)), rel=1e-4)
+    assert (w[1:] == 1).all()
+    assert (_without_outliers(0 * rows, w) == w).all()
 
 
 def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
@@ -149,11 +167,13 @@ def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
         found = source.of_layer(1)
         for name in names:
             expected = (now if sequential else was)[name]
-            assert distance(found[name].hessian[0], moments(expected)) < 1e-5
+            assert distance(found[name].hessian[0], together(expected)) < 1e-5
             if not sequential:
                 assert found[name].cross is None
                 continue
-            cross = moments(now[name], others=was[name] - now[name])
+            w = np.concatenate([cut(rows) for rows in now[name]])
+            inputs, floats = np.concatenate(now[name]), np.concatenate(was[name])
+            cross = moments(inputs, w, others=floats - inputs)
             assert distance(found[name].cross[0], cross) < 1e-5
             assert not first[name.replace("blk.1", "blk.0")].cross.any()
 

@@ -19,7 +19,9 @@ from edgeq.runtime.model import Tokens
 if TYPE_CHECKING:
     from edgeq.layerwise import Layer, LayerwiseModel, Product
 
-_FIRST = 1  # the first token of a chunk is left out: its activations are massive and always alike
+# Of a chunk's typical energy, what one token may bring: the activations of the first token are
+# massive and always alike. It must not be left out: all others attend to it, see DECISIONS.md 38.
+_MOST_ENERGY = 0.1
 _TINY = np.float32(1e-30)
 
 Replaced = Mapping[str, FloatArray]
@@ -161,29 +163,38 @@ class LayerwiseMoments:
         chunk: int,
         exact: "_Inputs",
     ) -> None:
-        kept = product.positions >= _FIRST
-        inputs, positions = product.inputs[kept], product.positions[kept]
+        inputs, positions = product.inputs, product.positions
         one = sums.get(product.name)
         if one is None:
             n_mat = self._model.reference.tensors[product.name].shape[:-2]
             one = _Sums(n_mat[0] if n_mat else 1, inputs.shape[1])
             sums[product.name] = one
         weights = self._token_weights(product.name)
-        w = None if weights is None else weights[chunk, positions]
+        w = np.ones(len(inputs), np.float32) if weights is None else weights[chunk, positions]
         float_inputs = None
-        seen, seen_positions = exact.get(_key(product), (inputs, product.positions[:0]))
-        if np.array_equal(seen_positions, product.positions):  # else the float model sent an
-            float_inputs = seen[kept]  # expert other tokens
-        one.add(product.matrix, inputs, w, float_inputs)
+        seen, seen_positions = exact.get(_key(product), (inputs, positions[:0]))
+        if np.array_equal(seen_positions, positions):  # else the float model sent an expert others
+            float_inputs = seen
+        one.add(product.matrix, inputs, _without_outliers(inputs, w), float_inputs)
 
     def _token_weights(self, name: str) -> FloatArray | None:
         """Return a weight's token weights with mean 1, (n_chunks, n_tokens); None: all are 1."""
         if self._weights is None or name not in self._weights:
             return None
         squares = self._weights[name]
-        mean = max(squares[:, _FIRST:].mean(), _TINY)
+        mean = max(squares[:, 1:].mean(), _TINY)  # the first token's is an outlier
         out: FloatArray = (1 - self._strength) + self._strength * squares / mean
         return out.astype(np.float32)
+
+
+def _without_outliers(inputs: FloatArray, weights: FloatArray) -> FloatArray:
+    """Return the weights, (n_rows,), cut where one input would bring too much of the energy."""
+    energy = weights * np.einsum("ij,ij->i", inputs, inputs)
+    most = _MOST_ENERGY * len(energy) * np.median(energy)
+    if not most > 0:
+        return weights
+    cut: FloatArray = weights * np.minimum(1, most / np.maximum(energy, _TINY))
+    return cut.astype(np.float32)
 
 
 def _key(product: "Product") -> tuple[str, int]:
@@ -203,12 +214,11 @@ class _Sums:
         self.counts: npt.NDArray[np.int64] = np.zeros(n_mat, np.int64)
 
     def add(
-        self, matrix: int, inputs: FloatArray, weights: FloatArray | None, exact: FloatArray | None
+        self, matrix: int, inputs: FloatArray, weights: FloatArray, exact: FloatArray | None
     ) -> None:
-        if weights is not None:
-            root = np.sqrt(weights)[:, None]
-            exact = None if exact is None else exact * root
-            inputs = inputs * root
+        root = np.sqrt(weights)[:, None]
+        exact = None if exact is None else exact * root
+        inputs = inputs * root
         self.counts[matrix] += len(inputs)
         _add_product(self.hessian[matrix], inputs, inputs)
         if exact is not None:

@@ -50,7 +50,7 @@ class Gptq:
     search: str = "static"
     feedback: bool = True
     dampening_frac: float = 0.01
-    shrinkage: float = 0.3
+    shrinkage: float = 0.5
     sweeps: int = 2
     reach: int = 1
     refit: bool = True
