@@ -131,7 +131,7 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
     type=click.Choice(["fast", "default"]),
     default="default",
     show_default=True,
-    help="Of auto: about 4 or 11 minutes per 100M parameters on two cores.",
+    help="Of auto: about 4 or 9 minutes per 100M parameters on two cores.",
 )
 @click.option(
     "--transform",
