@@ -1,6 +1,8 @@
 """Numbers on the CPU: numba kernels over arrays, blocks and bytes. Nothing here knows a model.
 
-``divergence`` compares rows of logits; ``reference_rows`` packs the rows of a compact reference
-and ``reference_bounds`` compares with them; ``_numba`` holds the one decorator, and why its
-options are what they are.
+``block_formats`` takes packed rows of every scalar format apart and puts them together (its
+layouts in ``block_formats_bits``, its numbers in ``block_formats_numbers``); ``rounding`` chooses
+codes and scales under a Hessian. ``divergence`` compares rows of logits; ``reference_rows`` packs
+the rows of a compact reference and ``reference_bounds`` compares with them; ``_numba`` holds the
+one decorator, and why its options are what they are.
 """

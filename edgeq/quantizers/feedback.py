@@ -66,9 +66,7 @@ def batch_size(fmt: BlockFormat, n_in: int) -> int:
     return fmt.block_size * next(n for n in range(most, 0, -1) if n_blocks % n == 0)
 
 
-def feed_back_errors(
-    start: Rounding, weight: FloatArray, factored: Factored, *, n_threads: int | None = None
-) -> Rounding:
+def feed_back_errors(start: Rounding, weight: FloatArray, factored: Factored) -> Rounding:
     """Round all columns in the order of `factored`, on the scales that `start` has.
 
     Parameters
