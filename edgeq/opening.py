@@ -279,7 +279,6 @@ class _Maker:
             )
             if is_wanted
         ]
-        self.tuning_chunks = tuning_chunks
         self.limits = {
             "calibration": choice.chunks,
             "tuning": tuning_chunks,
@@ -358,7 +357,7 @@ class _Maker:
         n_chunks = {  # in this order: a part's number decides what it says
             "calibration": choice.chunks or AUTO_CHUNKS if "calibration" in self.wanted else 0,
             "evaluation": 0 if judged_on_files else choice.evaluation_chunks,
-            "tuning": self.tuning_chunks if "tuning" in self.wanted else 0,
+            "tuning": self.limits["tuning"] or 0 if "tuning" in self.wanted else 0,
         }
         if not any(n_chunks.values()):  # no calibration, and own files to judge on
             return {}

@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
 
 from converters.errors import ConversionError
-from converters.gguf_file import GgufFile, TensorSource
+from converters.gguf_file import GgufFile, TensorSource, tensor_bytes
 from edgeq.allocation import Plan, PlanEntry
 from edgeq.calibration.moments import Moments, MomentsSource
 from edgeq.console import Progress
@@ -375,14 +375,11 @@ def _checked(
 ) -> Packed:
     """Return packed rows in the tensor's shape; refuse what a quantizer must not return."""
     packed = np.ascontiguousarray(rounded.packed)
-    wanted = encode(
-        np.zeros((1, shape[-1]), np.float32), qtype, np.ones((1, shape[-1]), np.float32)
-    )
-    n_rows = int(np.prod(shape[:-1]))
-    if packed.dtype != np.uint8 or packed.shape != (n_rows, wanted.shape[1]):
+    wanted = (int(np.prod(shape[:-1])), tensor_bytes(qtype, shape[-1:]))
+    if packed.dtype != np.uint8 or packed.shape != wanted:
         raise ConversionError(
             f"{name}: the quantizer returned {packed.dtype} of shape {packed.shape}, expected "
-            f"uint8 of shape {(n_rows, wanted.shape[1])}. Report it to the quantizer's developers."
+            f"uint8 of shape {wanted}. Report it to the quantizer's developers."
         )
     if not validate(packed, qtype):
         raise ConversionError(

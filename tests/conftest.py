@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from edgeq import pipeline
+from edgeq.workdir import WorkDirectory
 from tests import tiny_gguf, tiny_models
 
 
@@ -48,3 +50,17 @@ def texts(tmp_path_factory):
     for seed, (path, n_words) in enumerate(zip(paths, (3000, 1500), strict=True), start=1):
         path.write_text(tiny_gguf.text(seed, n_words), "utf-8")
     return paths
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """Every work directory that an export opens from here on."""
+    opened = []
+
+    class Spied(WorkDirectory):
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(self)
+
+    monkeypatch.setattr(pipeline, "WorkDirectory", Spied)
+    return opened

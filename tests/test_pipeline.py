@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from converters.gguf_file import open_gguf
-from edgeq import opening, pipeline, provenance
+from edgeq import opening, provenance
 from edgeq.quantizers.rtn import RoundToNearest
 from edgeq.workdir import WorkDirectory
 from tests import tiny_gguf
@@ -23,20 +23,6 @@ LAYERS = [
     "layers/token_embd.weight.safetensors",
 ]
 ALL = ["text.safetensors", "imatrix.gguf", *LAYERS]
-
-
-@pytest.fixture
-def works(monkeypatch):
-    """Every work directory that an export opens from here on."""
-    opened = []
-
-    class Spied(WorkDirectory):
-        def __init__(self, path):
-            super().__init__(path)
-            opened.append(self)
-
-    monkeypatch.setattr(pipeline, "WorkDirectory", Spied)
-    return opened
 
 
 @pytest.fixture

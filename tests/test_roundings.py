@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from converters.gguf_file import open_gguf
-from edgeq import pipeline, roundings
+from edgeq import roundings
 from edgeq.allocation import allocate
 from edgeq.calibration import collect
 from edgeq.calibration.moments import StoredMoments
@@ -55,20 +55,6 @@ def nearest(exported, tiny, tmp_path_factory):
     imatrix = exported[0].with_suffix(".edgeq") / "imatrix.gguf"
     done("export", tiny, out, *Q4_0, "--quantizer", "rtn", "--imatrix", imatrix, "--no-prove")
     return out
-
-
-@pytest.fixture
-def works(monkeypatch):
-    """Every work directory that an export opens from here on."""
-    opened = []
-
-    class Spied(WorkDirectory):
-        def __init__(self, path):
-            super().__init__(path)
-            opened.append(self)
-
-    monkeypatch.setattr(pipeline, "WorkDirectory", Spied)
-    return opened
 
 
 @pytest.fixture

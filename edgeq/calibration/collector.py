@@ -62,7 +62,9 @@ class Collector:
         self, *, hessians: bool | Collection[str] = False, hessian_bytes: int | None = None
     ) -> None:
         self._wanted = hessians
-        self._bytes_left = _available_bytes() if hessian_bytes is None else hessian_bytes
+        if hessian_bytes is None:
+            hessian_bytes = int(_MEMORY_FRACTION * free_bytes(unknown=1 << 62))
+        self._bytes_left = hessian_bytes
         self._sums: dict[str, _Sums] = {}
         self._hessians: dict[str, FloatArray] = {}
         self._seen_with: dict[str, set[str]] = {}
@@ -179,10 +181,9 @@ def _sums_of(product: ProductInput) -> tuple[npt.NDArray[np.float64], ...]:
     return squares, values, counts
 
 
-def _available_bytes() -> int:
-    """Return most of the memory that is free now; unlimited where the system does not tell."""
+def free_bytes(*, unknown: int) -> int:
+    """Return the memory that is free now; `unknown` where the system does not tell."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return 1 << 62
-    return int(_MEMORY_FRACTION * free)
+        return unknown

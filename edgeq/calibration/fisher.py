@@ -4,13 +4,13 @@ Second moments weighted so are the Fisher information of a layer's weights, seen
 rounding error then counts by what it does to the model's output, not to the layer's.
 """
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeq.calibration.collector import free_bytes
 from edgeq.runtime.model import Tokens
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def token_weights(
 
 def batch_of_chunks(n_states: int, state_bytes: int) -> int:
     """Return how many chunks' hidden states fit into a quarter of the free memory, at least 1."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        free = 1 << 32
+    free = free_bytes(unknown=1 << 32)
     return max(1, int(_MEMORY_FRACTION * free) // (n_states * state_bytes))
 
 

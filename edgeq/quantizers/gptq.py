@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from cpu_kernels.block_formats import FORMATS, BlockFormat
+from cpu_kernels.block_formats import FORMATS
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.quantizers import Inputs, Rounded
 from edgeq.quantizers.descent import lower_loss
@@ -143,7 +143,7 @@ class Gptq:
         after = row_losses(rounding.values - weight, factored.hessian)
         better = (after < before)[:, None]  # NaN is not better
         kept = _choose(better, rounding, nearest)
-        totals.add(weight, kept, factored, before, np.where(better[:, 0], after, before))
+        totals.add(kept, factored, before, np.where(better[:, 0], after, before))
         return kept
 
     def _feed_back(
@@ -214,7 +214,6 @@ class _Totals:
 
     def add(
         self,
-        weight: FloatArray,
         kept: Rounding,
         factored: Factored,
         before: FloatArray,
@@ -222,7 +221,7 @@ class _Totals:
     ) -> None:
         self.loss += float(after.sum(dtype=np.float64))
         self.loss_nearest += float(before.sum(dtype=np.float64))
-        self.bound += error_bound(factored.upper, _steps(kept.fmt, kept)[:, factored.order])
+        self.bound += error_bound(factored.upper, _steps(kept)[:, factored.order])
         self.dampening_frac = max(self.dampening_frac, factored.dampening_frac)
         self.rows += len(before)
         self.rows_kept += int((after < before).sum())
@@ -243,7 +242,8 @@ class _Totals:
         return found
 
 
-def _steps(fmt: BlockFormat, rounding: Rounding) -> FloatArray:
+def _steps(rounding: Rounding) -> FloatArray:
     """Return the greatest distance of neighbouring grid values at every weight."""
+    fmt = rounding.fmt
     scale = np.abs(fmt.grid(rounding.fields)[0]) * np.diff(fmt.levels).max()
     return np.repeat(scale, fmt.group_size, axis=1)
