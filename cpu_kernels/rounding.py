@@ -35,9 +35,10 @@ def _nearest(x: np.float32, levels: Floats, step: np.float32) -> int:
         place = max(np.float32(0), min(np.float32(top), place))
         return min(max(int(place), 0), top)  # NaN
     i = 0
-    for k in range(top):
-        if x + x > levels[k] + levels[k + 1]:
-            i = k + 1
+    for half in (8, 4, 2, 1):  # uneven levels are at most 16
+        k = i + half
+        if k <= top and x + x > levels[k - 1] + levels[k]:
+            i = k
     return i
 
 

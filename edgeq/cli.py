@@ -146,6 +146,13 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
     help="How far to weigh second moments by squared gradients, 0 to 1 (default 0.5, fast 0).",
 )
 @click.option(
+    "--fisher-groups",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Groups of a weight's rows with squared gradients of their own.",
+)
+@click.option(
     "--sequential/--no-sequential",
     default=True,
     help="Calibrate each layer through the quantized layers before it.",
@@ -182,6 +189,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         effort=options["effort"],
         transform=options["transform"],
         fisher=options["fisher"],
+        fisher_groups=options["fisher_groups"],
         sequential=options["sequential"],
         asymmetric=options["asymmetric"],
         imatrix=options["imatrix"],

@@ -39,7 +39,7 @@ from edgeq.transforms import (
 from edgeq.workdir import WorkDirectory, file_name, file_sha256, save_arrays
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-_JUDGED_ROWS = 256  # of a matrix, when folds are compared
+_JUDGED_ROWS = 256  # of a matrix, evenly spread: folds are searched on these
 Importances = Mapping[str, FloatArray]
 
 
@@ -279,7 +279,9 @@ class _Layer:
         if reason is not None:
             self.folds[site.name] = {"method": "none", "reason": reason}
             return None
-        hessians = {name: moments[name].hessian for name in names}
+        hessians = {
+            name: _by_matrix(moments[name].hessian, self.file.tensors[name].shape) for name in names
+        }
         importances = {
             name: np.diagonal(h, axis1=1, axis2=2).copy() for name, h in hessians.items()
         }
@@ -287,12 +289,11 @@ class _Layer:
             {name: self.qtypes[name] for name in names},
             importances=importances,
             hessians={name: h[0] if len(h) == 1 else h for name, h in hessians.items()},
-            max_rows=_JUDGED_ROWS,
             n_threads=self.rules.n_threads,
         )
         choice = search_scales(
             site,
-            {name: self._weight(name) for name in names},
+            {name: _thinned(self._weight(name)) for name in names},
             loss=loss,
             importances=importances,
             hessians=hessians,
@@ -341,6 +342,22 @@ class _Layer:
         return rows.reshape(*info.shape[:-1], -1)
 
 
+def _thinned(weight: FloatArray) -> FloatArray:
+    """Return some rows of each matrix."""
+    n_out = weight.shape[-2]
+    if n_out <= _JUDGED_ROWS:
+        return weight
+    rows = np.linspace(0, n_out - 1, _JUDGED_ROWS).astype(np.intp)
+    return np.ascontiguousarray(weight[..., rows, :])
+
+
+def _by_matrix(hessian: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """Return second moments, (n_mat, n_in, n_in), of what has them for groups of its rows."""
+    n_mat = 1 if len(shape) == 2 else shape[0]
+    means: FloatArray = hessian.reshape(n_mat, -1, *hessian.shape[1:]).mean(axis=1)
+    return means
+
+
 def corrected(
     weight: FloatArray, hessian: FloatArray, cross: FloatArray, strength: float
 ) -> FloatArray:
@@ -349,7 +366,7 @@ def corrected(
     Parameters
     ----------
     weight : (n_out, n_in) or (n_mat, n_out, n_in) float32
-    hessian, cross : (n_mat, n_in, n_in), see ``edgeq.calibration.moments.Moments``
+    hessian, cross : (n_mat, n_in, n_in) or for groups of rows, see ``edgeq.calibration.moments.Moments``
     strength : α, 0 to 1
 
     References
@@ -357,7 +374,7 @@ def corrected(
     Li et al., GPTAQ, arXiv:2504.02692; here as a target for any rounding, min ‖Q X̃ − W X‖² =
     min (Q − W*) H (Q − W*)ᵀ.
     """
-    matrices = weight.reshape(-1, *weight.shape[-2:])
+    matrices = weight.reshape(len(hessian), -1, weight.shape[-1])
     out = matrices.copy()
     for number, matrix in enumerate(matrices):
         moments = hessian[number].astype(np.float64)

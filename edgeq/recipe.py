@@ -90,6 +90,7 @@ class Method:
     ----------
     quantizer : ``NAME`` or ``NAME:key=value,...``
     fisher : 0 to 1, how far second moments are weighted by squared gradients
+    fisher_groups : groups of a weight's rows with gradients, so second moments, of their own
     sequential : each layer is calibrated through the quantized layers before it
     transforms : methods of the search for folds; empty: nothing is folded
     asymmetric : 0 to 1, how far weights are moved to make up for the layers before
@@ -98,6 +99,7 @@ class Method:
 
     quantizer: str
     fisher: float = 0.5
+    fisher_groups: int = 1
     sequential: bool = True
     transforms: tuple[str, ...] = ()
     asymmetric: float = 0.0
@@ -116,7 +118,7 @@ class Recipe:
     plan : a ``plan.json`` to follow
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
-    fisher, sequential, asymmetric : see ``Method``; fisher None: what the effort says
+    fisher, fisher_groups, sequential, asymmetric : see ``Method``; fisher None: the effort's
     transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
     use_imatrix : False rounds without any calibration
@@ -137,6 +139,7 @@ class Recipe:
     quantizer: str = "auto"
     effort: str = "default"
     fisher: float | None = None
+    fisher_groups: int = 1
     sequential: bool = True
     asymmetric: float = 0.0
     transform: str = "auto"
@@ -163,6 +166,8 @@ class Recipe:
         for flag, strength in (("--fisher", self.fisher), ("--asymmetric", self.asymmetric)):
             if strength is not None and not 0 <= strength <= 1:
                 raise RecipeError(f"{flag}: got {strength}, expected 0 to 1.")
+        if self.fisher_groups < 1:
+            raise RecipeError(f"--fisher-groups: got {self.fisher_groups}, expected 1 or more.")
         if self.asymmetric and not self.sequential:
             raise RecipeError(
                 "--asymmetric makes up for the layers before: it needs --sequential. Give one."
@@ -194,6 +199,7 @@ class Recipe:
         return Method(
             f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
             self.budget.fisher if self.fisher is None else self.fisher,
+            self.fisher_groups,
             self.sequential,
             self.budget.transforms if folds else (),
             self.asymmetric,

@@ -178,17 +178,21 @@ class Roundings:
             return model
 
     def _token_weights(self, model: "LayerwiseModel", text: UsedText) -> TokenWeights:
+        seed, n_groups = self.recipe.texts.seed, self.recipe.method.fisher_groups
         with self.steps.step("gradients") as progress:
             path = self.work.artefact(
                 "gradients.safetensors",
                 {
                     "reference": self.reference.sha256,
                     "text": text.manifest.sha256,
-                    "seed": self.recipe.texts.seed,
+                    "seed": seed,
+                    "groups": n_groups,
                     "versions": provenance.versions(),
                 },
                 lambda out: save_arrays(
-                    token_weights(model, text.rows, seed=self.recipe.texts.seed, progress=progress),
+                    token_weights(
+                        model, text.rows, seed=seed, n_groups=n_groups, progress=progress
+                    ),
                     out,
                 ),
             )

@@ -314,6 +314,7 @@ def test_conversations_need_a_chat_template(tiny, place):
         (("--quantizer", "gptq:refit=maybe"), "refit is 'maybe', expected true or false."),
         (("--quantizer", "gptq:shrinkage=2"), "shrinkage=2.0"),
         (("--quantizer", "rtn:order=natural"), "rtn has no settings. Give rtn alone"),
+        (("--fisher-groups", 0), "--fisher-groups: got 0, expected 1 or more."),
         (("--asymmetric", 1.5), "--asymmetric: got 1.5, expected 0 to 1"),
         (("--asymmetric", "nan"), "--asymmetric: got nan, expected 0 to 1"),
         (("--asymmetric", 0.5, "--no-sequential"), "it needs --sequential. Give one."),

@@ -201,6 +201,23 @@ def test_bfloat16_products_change_gradients_little(family):
     assert 1e-5 < np.linalg.norm(rough - exact) / np.linalg.norm(exact) < 2e-2
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"architecture": "aarch64", "bf16": True}, torch.bfloat16),
+        (None, torch.float32),
+    ],
+)
+def test_bfloat16_is_used_where_the_cpu_multiplies_it(monkeypatch, capabilities, dtype):
+    if capabilities is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert layerwise.fast_dtype() is dtype
+
+
 @pytest.mark.parametrize("name", ["llama3", "mixtral", "gpt2"])
 def test_inputs_are_those_that_llama_cpp_sees(family, name):
     made = family(name)

@@ -101,6 +101,14 @@ def test_plain_moments_are_those_of_what_llama_cpp_sees(path, model):
             assert distance(found[name].hessian[matrix], expected) < ROUNDING, name
 
 
+def test_weights_with_the_same_inputs_share_their_moments(model):
+    found = LayerwiseMoments(model, TOKENS).of_layer(0)
+    q, k, v = (found[f"blk.0.attn_{part}.weight"].hessian for part in "qkv")
+    assert q is k
+    assert k is v
+    assert found["blk.0.attn_output.weight"].hessian is not q
+
+
 def test_an_expert_that_saw_nothing_has_the_moments_of_all(tmp_path):
     name = "blk.0.ffn_gate_inp.weight"
     router = tiny_gguf.values(name, (8, tiny_gguf.N_EMBD))
@@ -130,12 +138,14 @@ def test_weights_of_mean_one_weigh_tokens(model):
     squares[:, 0] = 1e6  # does not count in the mean
     hidden = [model.load(0).run(chunk) for chunk in model.embed(TOKENS)]
     inputs = inputs_of(model.load(1), hidden)
-    later = squares[:, 1:]
+    groups = np.stack([squares, squares[::-1]])  # of rows
     for strength in (1.0, 0.25):
-        source = LayerwiseMoments(model, TOKENS, weights={name: squares}, strength=strength)
+        source = LayerwiseMoments(model, TOKENS, weights={name: groups}, strength=strength)
         found = source.of_layer(1)
-        w = 1 - strength + strength * squares.astype(np.float64) / later.mean()
-        assert distance(found[name].hessian[0], together(inputs[name], list(w))) < 1e-5
+        assert len(found[name].hessian) == len(groups)
+        for hessian, one in zip(found[name].hessian, groups, strict=True):
+            w = 1 - strength + strength * one.astype(np.float64) / squares[:, 1:].mean()
+            assert distance(hessian, together(inputs[name], list(w))) < 1e-5
         other = "blk.1.attn_q.weight"  # has no weights
         assert distance(found[other].hessian[0], together(inputs[other])) < 1e-5
 
@@ -231,16 +241,22 @@ def test_token_weights_are_squared_gradients_of_the_whole_model(tmp_path, monkey
     found = token_weights(model, TOKENS, seed=5, progress=lambda *step: steps.append(step))
     assert steps == [(done, 4) for done in range(1, 5)]
     assert set(found) == {n for layer in range(2) for n in model.matrices(layer)}
+    grouped = token_weights(model, TOKENS, seed=5, n_groups=2)
+    for name in names.values():
+        assert grouped[name].shape == (2, *TOKENS.shape)
+        assert distance(grouped[name].mean(axis=0), found[name][0]) < 1e-5
+        assert distance(grouped[name][0], grouped[name][1]) > 0.01
     for chunk, row in enumerate(TOKENS):
         expected = whole_squares(made.model, names, row, 5 + chunk)
         for module, name in names.items():
-            assert found[name].shape == TOKENS.shape
-            assert distance(found[name][chunk], expected[module]) < BFLOAT16, name
+            assert found[name].shape == (1, *TOKENS.shape)
+            assert distance(found[name][0, chunk], expected[module]) < BFLOAT16, name
     monkeypatch.setattr(fisher, "batch_of_chunks", lambda *_: 2)  # not all chunks at once
     again = token_weights(model, TOKENS, seed=5)
     assert all(np.array_equal(again[name], found[name]) for name in found)
     other = token_weights(model, TOKENS[:1], seed=6)
-    assert not np.allclose(other["blk.0.attn_k.weight"], found["blk.0.attn_k.weight"][:1], rtol=0.1)
+    key = "blk.0.attn_k.weight"
+    assert not np.allclose(other[key], found[key][:, :1], rtol=0.1)
 
 
 def test_a_batch_of_chunks_fits_into_memory():

@@ -149,7 +149,9 @@ def test_second_moments_that_are_not_finite_or_of_another_model_are_refused():
     weight, inputs = ordinary()
     infinite = inputs.hessian.copy()
     infinite[0, 3, 4] = np.nan
+    thrice = np.concatenate([inputs.hessian] * 3)  # 8 rows are not 3 groups
     for hessian, said in (
+        (thrice, r"of shape \(3, 64, 64\), expected \(1, 64, 64\)"),
         (infinite, "^blk.0.attn_q.weight: its second moments are not finite, expected"),
         (inputs.hessian[:, :32, :32], r"of shape \(1, 32, 32\), expected \(1, 64, 64\)"),
     ):
@@ -168,6 +170,17 @@ def test_what_cannot_be_rounded_with_feedback_is_rtn_and_the_facts_say_why():
     known = Gptq().quantize("w", weight, T.Q4_K, dataclasses.replace(inputs, hessian=None))
     assert np.array_equal(known.packed, encode(weight, T.Q4_K, inputs.importances))
     assert known.facts == {"fallback": "rtn: no second moments of its inputs"}
+
+
+def test_groups_of_rows_are_rounded_with_second_moments_of_their_own():
+    weight, inputs = ordinary(n_out=12)
+    other = inputs.hessian[:, ::-1, ::-1]
+    grouped = np.concatenate([inputs.hessian, other, inputs.hessian])
+    found = Gptq().quantize("w", weight, T.Q4_0, dataclasses.replace(inputs, hessian=grouped))
+    for rows, hessian in ((slice(0, 4), inputs.hessian), (slice(4, 8), other)):
+        alone = dataclasses.replace(inputs, hessian=np.ascontiguousarray(hessian))
+        part = Gptq().quantize("w", weight[rows], T.Q4_0, alone)
+        assert np.array_equal(found.packed[rows], part.packed)
 
 
 def test_an_expert_that_no_token_reached_is_rtn_and_the_facts_say_so():

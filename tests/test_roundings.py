@@ -94,6 +94,7 @@ def test_the_default_has_the_bytes_of_rtn_and_a_better_rounding(exported, neares
     method = {
         "quantizer": GPTQ,
         "fisher": 0.5,
+        "fisher_groups": 1,
         "sequential": True,
         "transforms": ["balance", "dual"],
         "asymmetric": 0.0,

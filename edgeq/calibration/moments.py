@@ -37,7 +37,8 @@ class Moments:
 
     Attributes
     ----------
-    hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ, the weights w of mean 1
+    hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ, the weights w of mean 1; of a plain matrix
+        (n_groups, n_in, n_in), each for as many of its rows, one after the other
     cross : (n_mat, n_in, n_in) float32, 2/N Σ w (x' − x) xᵀ, where x' is the input in the float
         model; None: not asked for
     """
@@ -164,25 +165,34 @@ class LayerwiseMoments:
         exact: "_Inputs",
     ) -> None:
         inputs, positions = product.inputs, product.positions
-        one = sums.get(product.name)
-        if one is None:
-            n_mat = self._model.reference.tensors[product.name].shape[:-2]
-            one = _Sums(n_mat[0] if n_mat else 1, inputs.shape[1])
-            sums[product.name] = one
         weights = self._token_weights(product.name)
-        w = np.ones(len(inputs), np.float32) if weights is None else weights[chunk, positions]
+        shape = self._model.reference.tensors[product.name].shape
+        if product.name not in sums:
+            first = sums.get(product.same_as)
+            if weights is None and first is not None and first.is_for(shape):
+                sums[product.name] = first
+            else:
+                n_groups = 1 if weights is None else len(weights)
+                sums[product.name] = _Sums(product.name, shape, n_groups)
+        one = sums[product.name]
+        if one.name != product.name:
+            return  # the very same inputs and weights
         float_inputs = None
         seen, seen_positions = exact.get(_key(product), (inputs, positions[:0]))
         if np.array_equal(seen_positions, positions):  # else the float model sent an expert others
             float_inputs = seen
-        one.add(product.matrix, inputs, _without_outliers(inputs, w), float_inputs)
+        for group in range(one.n_groups):
+            w = np.ones(len(inputs), np.float32)
+            if weights is not None:
+                w = weights[group, chunk, positions]
+            one.add(product.matrix + group, inputs, _without_outliers(inputs, w), float_inputs)
 
     def _token_weights(self, name: str) -> FloatArray | None:
-        """Return a weight's token weights with mean 1, (n_chunks, n_tokens); None: all are 1."""
+        """Return a weight's token weights with mean 1, (n_groups, n_chunks, n_tokens), if any."""
         if self._weights is None or name not in self._weights:
             return None
-        squares = self._weights[name]
-        mean = max(squares[:, 1:].mean(), _TINY)  # the first token's is an outlier
+        squares = self._weights[name]  # the first token's is an outlier
+        mean = np.maximum(squares[..., 1:].mean(axis=(1, 2), keepdims=True), _TINY)
         out: FloatArray = (1 - self._strength) + self._strength * squares / mean
         return out.astype(np.float32)
 
@@ -202,16 +212,26 @@ def _key(product: "Product") -> tuple[str, int]:
 
 
 class _Sums:
-    """Running sums of one weight's moments.
+    """Running sums of one weight's moments, and of all that see the same.
 
     The products are torch's, as the model's own: between two libraries' threads, each waiting
     actively for its next work, a layer took four times as long.
     """
 
-    def __init__(self, n_mat: int, n_in: int) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], n_groups: int) -> None:
+        self.name = name
+        self.is_plain = len(shape) == 2
+        self.n_groups = n_groups
+        n_mat, n_in = (n_groups if self.is_plain else shape[0]), shape[-1]
         self.hessian = np.zeros((n_mat, n_in, n_in), np.float32)
         self.cross: FloatArray | None = None
         self.counts: npt.NDArray[np.int64] = np.zeros(n_mat, np.int64)
+
+    def is_for(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of that shape, with the same inputs, has these moments."""
+        return self.is_plain == (len(shape) == 2) and (
+            self.is_plain or len(self.counts) == shape[0]
+        )
 
     def add(
         self, matrix: int, inputs: FloatArray, weights: FloatArray, exact: FloatArray | None
@@ -232,11 +252,11 @@ class _Sums:
         An expert of n inputs counts as n of n + n_in: below about n_in inputs its own second
         moments are singular.
         """
-        n_mat, n_in = self.hessian.shape[:2]
+        n_in = self.hessian.shape[-1]
         counts = self.counts.astype(np.float32)[:, None, None]
         twice = (2 / np.maximum(counts, 1)).astype(np.float32)
         cross = None if self.cross is None else self.cross * twice
-        if n_mat == 1:
+        if self.is_plain:
             return Moments(self.hessian * twice, cross)
         few = np.float32(n_in)
         pooled = self.hessian.sum(axis=0) * np.float32(2 / max(int(self.counts.sum()), 1))

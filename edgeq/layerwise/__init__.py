@@ -20,6 +20,6 @@ except ImportError as error:
 
 from edgeq.layerwise.agreement import check_agrees
 from edgeq.layerwise.model import Layer, LayerwiseModel
-from edgeq.layerwise.products import Product
+from edgeq.layerwise.products import Product, fast_dtype
 
-__all__ = ["Layer", "LayerwiseModel", "Product", "check_agrees"]
+__all__ = ["Layer", "LayerwiseModel", "Product", "check_agrees", "fast_dtype"]

@@ -41,7 +41,8 @@ class Inputs:
     ----------
     importances : (n_mat, n_in) float32 mean squared inputs; None: there are none
     hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ over the N inputs x, w their weights of mean
-        1; None: it was not collected
+        1; None: it was not collected. Of (n_mat · g, n_in, n_in) each is for n_out / g rows, one
+        after the other
     """
 
     importances: FloatArray | None = None

@@ -37,7 +37,7 @@ class Gptq:
     ----------
     order : in which columns are rounded: ``activation``, ``natural``, ``back-to-front``,
         ``min-pivot``; the file's order is not touched
-    search : ``static`` scales, or searched again for each ``batch`` of compensated columns
+    search : ``static`` scales, those of round-to-nearest with the importances, or searched again for each ``batch`` of compensated columns
     feedback : False: start the descent from round-to-nearest
     dampening_frac : added to the Hessian's diagonal, as a fraction of its mean
     shrinkage : of the Hessian towards its diagonal, 0 to 1
@@ -94,8 +94,8 @@ class Gptq:
         packed = encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name)
         if inputs.hessian is None:
             return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
-        matrices = weight.reshape(-1, *weight.shape[-2:])
-        _check(name, inputs.hessian, (len(matrices), weight.shape[-1]))
+        _check(name, inputs.hessian, weight.shape)
+        matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
         fmt = FORMATS.get(qtype)
         if fmt is None:
             return Rounded(packed, {"fallback": f"rtn: {qtype.name} has no scalar codes"})
@@ -149,10 +149,9 @@ class Gptq:
     def _feed_back(
         self, weight: FloatArray, factored: Factored, nearest: Rounding, n_threads: int | None
     ) -> Rounding:
-        importances = np.ascontiguousarray(np.diagonal(factored.hessian))
         if self.search == "static":
-            searched = encode(weight, nearest.fmt.qtype, importances[None], n_threads=n_threads)
-            return feed_back_errors(Rounding.of(nearest.fmt, searched), weight, factored)
+            return feed_back_errors(nearest, weight, factored)
+        importances = np.ascontiguousarray(np.diagonal(factored.hessian))
         return feed_back_and_search(nearest, weight, factored, importances, n_threads=n_threads)
 
 
@@ -162,9 +161,10 @@ def row_losses(error: FloatArray, hessian: FloatArray) -> FloatArray:
     return losses
 
 
-def _check(name: str, hessian: FloatArray, shape: tuple[int, int]) -> None:
-    n_mat, n_in = shape
-    if hessian.shape != (n_mat, n_in, n_in):
+def _check(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> None:
+    n_mat, n_in = (1 if len(shape) == 2 else shape[0]), shape[-1]
+    n = len(hessian)
+    if hessian.shape != (n, n_in, n_in) or not n or n % n_mat or n_mat * shape[-2] % n:
         raise CalibrationError(
             f"{name}: second moments of shape {hessian.shape}, expected {(n_mat, n_in, n_in)}. "
             "They belong to another model: calibrate this one."

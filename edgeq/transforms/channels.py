@@ -13,8 +13,7 @@ from edgeq.transforms.sites import FloatArray, FoldSite
 Float64 = npt.NDArray[np.float64]
 
 _BALANCE_STEPS = 30
-_BALANCE_ROWS = 512  # of a matrix, evenly spread: what a channel's weights look like needs no more
-_NORM_ORDER = 4  # (Σ w^(2·4))^(1/4) stands for the largest w² of a block
+_NORM_ORDER = 4  # (Σ w^(2·4))^(1/4) stands for the largest w² of a block; squared twice below
 
 
 class Channels:
@@ -135,14 +134,11 @@ def balanced(channels: Channels) -> Float64:
     """
     site = channels.site
     logs = np.zeros(site.n)
-    thinned = {
-        name: np.square(rows[:, :: -(-rows.shape[1] // _BALANCE_ROWS)])
-        for name, rows in channels.rows.items()
-    }
+    squared = {name: np.square(rows) for name, rows in channels.rows.items()}
     for _ in range(_BALANCE_STEPS):
         slope, curvature = np.zeros((2, site.n))
         columns = np.exp(logs).reshape(site.n_mat, -1)[:, site.scale_of_column]
-        for name, squares in thinned.items():
+        for name, squares in squared.items():
             first, second = _block_slopes(squares, channels.energies[name], columns, channels.block)
             slope += channels.over_heads(first, np.sum)
             curvature += channels.over_heads(second, np.sum)
@@ -160,7 +156,7 @@ def _block_slopes(
         n_mat, n_rows, -1, block
     )
     highest = np.maximum(scaled.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    powers = (scaled / highest) ** _NORM_ORDER
+    powers = np.square(np.square(scaled / highest))  # ** is 10 times as slow
     sums = np.maximum(powers.sum(axis=-1, keepdims=True), 1)  # less only in blocks of zeros
     norms = highest * sums ** np.float32(1 / _NORM_ORDER)  # about the largest square of the block
     peaks = norms.sum(axis=1, dtype=np.float64)  # (n_mat, n_blocks, 1)

@@ -27,7 +27,6 @@ class QuantizerLoss:
     relative : divide each tensor's loss by ½ tr(W H Wᵀ), so that queries, keys and values, or gate
         and up, count by their relative errors. False for moments that are weighted by the
         gradients of the loss already, whose sums compare
-    max_rows : judge at most so many rows of each matrix, evenly spread; None: all
     n_threads : default: every CPU of this process
     """
 
@@ -38,14 +37,12 @@ class QuantizerLoss:
         importances: Mapping[str, FloatArray] = _EMPTY,
         hessians: Mapping[str, FloatArray] = _EMPTY,
         relative: bool = True,
-        max_rows: int | None = None,
         n_threads: int | None = None,
     ) -> None:
         self.qtypes = qtypes
         self.importances = importances
         self.hessians = hessians
         self.relative = relative
-        self.max_rows = max_rows
         self.n_threads = n_threads
         self._norms: dict[str, float] = {}  # a fold does not change them
 
@@ -72,10 +69,6 @@ class QuantizerLoss:
         return decode(packed, qtype, n_threads=self.n_threads).reshape(weight.shape)
 
     def _one(self, name: str, weight: FloatArray, scales: TensorScales) -> float:
-        if self.max_rows is not None and weight.shape[-2] > self.max_rows:
-            rows = np.linspace(0, weight.shape[-2] - 1, self.max_rows).astype(np.intp)
-            weight = np.ascontiguousarray(weight[..., rows, :])
-            scales = TensorScales(scales.row[..., rows], scales.column)
         error = self._energy(name, unfold(self.round(name, weight, scales) - weight, scales))
         if not self.relative:
             return error
