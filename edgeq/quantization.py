@@ -366,7 +366,8 @@ def corrected(
     Parameters
     ----------
     weight : (n_out, n_in) or (n_mat, n_out, n_in) float32
-    hessian, cross : (n_mat, n_in, n_in) or for groups of rows, see ``edgeq.calibration.moments.Moments``
+    hessian, cross : (n_mat, n_in, n_in), or of groups of rows; see
+        ``edgeq.calibration.moments.Moments``
     strength : α, 0 to 1
 
     References

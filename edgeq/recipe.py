@@ -77,8 +77,8 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(24, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",)),
-    "default": Effort(40, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual")),
+    "fast": Effort(16, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",)),
+    "default": Effort(32, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual")),
 }
 
 

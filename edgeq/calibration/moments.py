@@ -124,14 +124,20 @@ class LayerwiseMoments:
             self._at += 1
         layer = self._model.load(number)
         sums: dict[str, _Sums] = {}
+        leaving: list[FloatArray] = []
         for chunk, hidden in enumerate(self._hidden):
             exact = self._float_inputs(layer, chunk)
 
             def add(product: "Product", chunk: int = chunk, exact: _Inputs = exact) -> None:
                 self._add(sums, product, chunk, exact)
 
-            layer.run(hidden, add)
-        return {name: one.moments() for name, one in sums.items()}
+            out = layer.run(hidden, add)
+            if not self.is_sequential:  # all stays the float model's: one pass is enough
+                leaving.append(out)
+        if leaving:
+            self._hidden, self._at = leaving, number + 1
+        made = {one: one.moments() for one in dict.fromkeys(sums.values())}
+        return {name: made[one] for name, one in sums.items()}
 
     def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
         """Remember what became of a layer."""

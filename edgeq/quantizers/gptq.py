@@ -37,7 +37,8 @@ class Gptq:
     ----------
     order : in which columns are rounded: ``activation``, ``natural``, ``back-to-front``,
         ``min-pivot``; the file's order is not touched
-    search : ``static`` scales, those of round-to-nearest with the importances, or searched again for each ``batch`` of compensated columns
+    search : ``static`` scales, those of round-to-nearest with the importances, or searched again
+        for each ``batch`` of compensated columns
     feedback : False: start the descent from round-to-nearest
     dampening_frac : added to the Hessian's diagonal, as a fraction of its mean
     shrinkage : of the Hessian towards its diagonal, 0 to 1
