@@ -45,6 +45,8 @@ class QuantizerLoss:
         self.relative = relative
         self.n_threads = n_threads
         self._norms: dict[str, float] = {}  # a fold does not change them
+        # The alternation of ``dual`` rounds what has just been judged.
+        self._last: dict[str, tuple[FloatArray, FloatArray, FloatArray]] = {}
 
     def __call__(
         self, weights: Mapping[str, FloatArray], scales: Mapping[str, TensorScales]
@@ -61,12 +63,18 @@ class QuantizerLoss:
 
     def round(self, name: str, weight: FloatArray, scales: TensorScales) -> FloatArray:
         """Return a folded weight as it decodes from the file, in its shape."""
+        if name in self._last:
+            last_weight, last_column, rounded = self._last[name]
+            if np.array_equal(last_weight, weight) and np.array_equal(last_column, scales.column):
+                return rounded
         importances = self.importances.get(name)
         if importances is not None:
             importances = fold_importances(importances, scales)
         qtype = self.qtypes[name]
         packed = encode(weight, qtype, importances, n_threads=self.n_threads, name=name)
-        return decode(packed, qtype, n_threads=self.n_threads).reshape(weight.shape)
+        rounded = decode(packed, qtype, n_threads=self.n_threads).reshape(weight.shape)
+        self._last[name] = (weight.copy(), scales.column.copy(), rounded)
+        return rounded
 
     def _one(self, name: str, weight: FloatArray, scales: TensorScales) -> float:
         error = self._energy(name, unfold(self.round(name, weight, scales) - weight, scales))
