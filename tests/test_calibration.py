@@ -70,8 +70,12 @@ def test_statistics_of_smollm2_equal_llama_imatrix():
     assert sorted(statistics.imatrix.sums) == GOLDEN["smollm2/names"].tolist()
     assert len(statistics.imatrix.sums) == 210
     for name, (sums, counts) in golden("smollm2").items():
+        found = statistics.imatrix.sums[name]
         np.testing.assert_array_equal(statistics.imatrix.counts[name], counts)
-        np.testing.assert_allclose(statistics.imatrix.sums[name], sums, rtol=TOLERANCE)
+        if tiny_gguf.is_golden_cpu():
+            np.testing.assert_allclose(found, sums, rtol=TOLERANCE)
+        else:
+            assert np.linalg.norm(found - sums) < 0.1 * np.linalg.norm(sums), name
 
 
 def test_the_output_layer_is_seen_only_on_request(models, tmp_path):
