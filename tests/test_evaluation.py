@@ -107,7 +107,7 @@ def test_figures_equal_what_llama_perplexity_prints(pair):
             # one unit: another CPU's float32 sums in the runtime differ in the seventh digit
             limits = {"abs": 1.5 * unit, "rel": 3e-7}
             if not tiny_gguf.is_golden_cpu():
-                limits = {"abs": 5 * unit, "rel": 1e-3}
+                limits = {"abs": 1.5 * unit, "rel": 1e-4}
             assert value == pytest.approx(float(text), **limits), name
 
 
@@ -124,7 +124,7 @@ def test_base_file_equals_llama_perplexitys(stored):
         *(data[:, :4].copy().view("<f4").T[:2] for data in (ours, theirs)), strict=True
     )
     # one step: a sum that differs in the seventh digit may round the other way
-    rtol, steps = (1e-5, 1) if tiny_gguf.is_golden_cpu() else (1e-3, 16)
+    rtol, steps = (1e-5, 1) if tiny_gguf.is_golden_cpu() else (2e-4, 8)
     np.testing.assert_allclose(*scales, rtol=rtol)
     np.testing.assert_allclose(*lowest, rtol=rtol)
     assert np.abs(ours[:, 4:].astype(int) - theirs[:, 4:].astype(int)).max() <= steps

@@ -232,9 +232,9 @@ def write(
 
 
 def is_golden_cpu():
-    """Whether ggml runs the same kernels here as where the goldens were made, with AVX-512.
+    """Whether this CPU has AVX-512, as the one had on which the runtime's figures were recorded.
 
-    Its products with quantized activations differ between instruction sets: an imatrix of the Q4_1
-    SmolLM2 by up to 6 % an entry with AVX2 alone, float32 logits by 6e-5.
+    With AVX2 alone an imatrix of the Q4_1 SmolLM2 is up to 1.3 % off by norm (10 % an entry), the
+    scales of stored logits 6e-5. That the instruction set is the reason is inferred, not proven.
     """
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))

@@ -156,7 +156,7 @@ def _block_slopes(
         n_mat, n_rows, -1, block
     )
     highest = np.maximum(scaled.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    powers = np.square(np.square(scaled / highest))  # ** is 10 times as slow
+    powers = np.square(np.square(scaled / highest))  # to the _NORM_ORDER-th power
     sums = np.maximum(powers.sum(axis=-1, keepdims=True), 1)  # less only in blocks of zeros
     norms = highest * sums ** np.float32(1 / _NORM_ORDER)  # about the largest square of the block
     peaks = norms.sum(axis=1, dtype=np.float64)  # (n_mat, n_blocks, 1)
