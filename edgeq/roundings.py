@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from edgeq.calibration.fisher import TokenWeights, token_weights
 from edgeq.calibration.moments import LayerwiseMoments, MomentsSource, StoredMoments
 from edgeq.console import Steps
 from edgeq.errors import CalibrationError
-from edgeq.evaluation import evaluate
+from edgeq.evaluation import evaluate, store_reference
 from edgeq.opening import Reference, Texts, UsedText
 from edgeq.quantization import Importances, Quantized, Rules, layers_of, quantize_layers
 from edgeq.quantizers import Quantizer, make_quantizer, origin_of
@@ -234,7 +235,7 @@ class Roundings:
                     "versions": provenance.versions(),
                 },
                 lambda out: out.write_text(
-                    json.dumps({name: self._kld(wanted, text), "rtn": self._kld(nearest, text)})
+                    json.dumps(self._divergences({name: wanted, "rtn": nearest}, text))
                 ),
             )
             self.verification = json.loads(path.read_text())
@@ -252,23 +253,30 @@ class Roundings:
         self.notes.append(f"Rounded to nearest (rtn): {name} was not much better, {compared}.")
         return nearest
 
-    def _kld(self, rounding: Quantized, text: UsedText) -> float:
-        """Return the mean KL divergence, nats, of the file that a rounding would make."""
+    def _divergences(self, roundings: Mapping[str, Quantized], text: UsedText) -> dict[str, float]:
+        """Return the mean KL divergence, nats, of the file that each rounding would make."""
+        n_ctx, n_threads = text.rows.shape[1], self.recipe.n_threads
         file = self.reference.file
-        candidate = self.work.path / "candidate.gguf"
+        stored, candidate = self.work.path / "tuning.base", self.work.path / "candidate.gguf"
+        klds = {}
         try:
-            paths = write_gguf(candidate, file.fields, rounding.sources(self.plan, file))
-            found = evaluate(
-                paths[0],
-                text.rows,
+            store_reference(
                 self.reference.path,
-                n_ctx=text.rows.shape[1],
-                n_threads=self.recipe.n_threads,
+                text.rows,
+                stored,
+                kind="base",
+                n_ctx=n_ctx,
+                n_threads=n_threads,
             )
+            for name, rounding in roundings.items():
+                paths = write_gguf(candidate, file.fields, rounding.sources(self.plan, file))
+                found = evaluate(paths[0], text.rows, stored, n_ctx=n_ctx, n_threads=n_threads)
+                kld = float(found.summary.kld.value)
+                klds[name] = kld if np.isfinite(kld) else float(np.finfo(np.float32).max)
         finally:
             candidate.unlink(missing_ok=True)
-        kld = float(found.summary.kld.value)
-        return kld if np.isfinite(kld) else float(np.finfo(np.float32).max)
+            stored.unlink(missing_ok=True)
+        return klds
 
 
 def _digests(rounding: Quantized) -> dict[str, str]:
