@@ -16,7 +16,14 @@ import click
 
 from edgeq.console import Steps
 from edgeq.errors import EdgeqError
-from edgeq.recipe import AUTO_TEXT, DEFAULT_PRESET, Recipe, TextChoice
+from edgeq.recipe import (
+    AUTO_TEXT,
+    DEFAULT_COSTS,
+    DEFAULT_PRESET,
+    Recipe,
+    Target,
+    TextChoice,
+)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -31,6 +38,19 @@ class _Bytes(click.ParamType[int]):
         if match is None or match[2] not in _UNITS:
             self.fail(f"{value!r} is not a size; write it like 2G, 500M or 1.5GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class _Sizes(click.ParamType[tuple[int, ...]]):
+    """One size, or several with commas between."""
+
+    name = "size,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(_Bytes().convert(one, param, ctx) for one in str(value).split(","))
 
 
 Command = Callable[..., Any]
@@ -71,6 +91,27 @@ _texts = _options(
     click.option("--chunks", type=int, help="Calibrate on at most so many chunks."),
     click.option("--seed", default=0, show_default=True, help="Of sampled text and of the split."),
     click.option("--force", is_flag=True, help="Accept evaluation text that calibration has seen."),
+)
+_allocation = _options(
+    click.option("--bpw", type=float, help="At most so many bits per weight, all tensors counted."),
+    click.option("--max-kld", type=float, help="The smallest file of so little KL divergence."),
+    click.option("--max-ppl-ratio", type=float, help="The smallest file of this perplexity ratio."),
+    click.option("--min-tps", type=float, help="Decode at least so many tokens/s on this CPU."),
+    click.option(
+        "--allocator",
+        default="knapsack",
+        show_default=True,
+        help="Of types, for a target: NAME[:key=value,...]; see edgeq plugins.",
+    ),
+    click.option(
+        "--costs",
+        type=click.Choice(["weight", "imatrix", "hessian", "fisher", "measured"]),
+        default=DEFAULT_COSTS,
+        show_default=True,
+        help="How the loss of a type is estimated.",
+    ),
+    click.option("--types", metavar="TYPE,...", help="Types that tensors may get, like Q4_K,Q6_K."),
+    click.option("--policy", type=_PATH, help="Apply a trained policy: --allocator ramp:policy=."),
 )
 _evaluation = _options(
     click.option(
@@ -120,6 +161,8 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
     "--type", "preset", default=DEFAULT_PRESET, show_default=True, help="llama.cpp file type."
 )
 @click.option("--plan", type=_PATH, help="Follow this plan.json instead of --type.")
+@click.option("--size", "sizes", type=_Sizes(), help="At most so many bytes: 80MiB or 80MiB,1G.")
+@_allocation
 @click.option(
     "--quantizer",
     default="auto",
@@ -185,6 +228,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         out=out,
         preset=options["preset"],
         plan=options["plan"],
+        **_target(options, options["sizes"]),
         quantizer=options["quantizer"],
         effort=options["effort"],
         transform=options["transform"],
@@ -203,8 +247,29 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         prove=options["prove"],
         baseline=options["baseline"],
     )
-    result = pipeline.export(recipe, _start(verbose))
+    steps = _start(verbose)
+    result = (
+        pipeline.export_sizes(recipe, options["sizes"], steps)
+        if len(options["sizes"] or ()) > 1
+        else pipeline.export(recipe, steps)
+    )
     _show(as_json, result.as_json(), result.as_text())
+
+
+def _target(options: dict[str, Any], sizes: tuple[int, ...] | None) -> dict[str, Any]:
+    """Return the fields of a recipe that say what the file has to be, and who chooses types."""
+    allocator = options["allocator"]
+    if options["policy"] is not None:
+        allocator = f"ramp:policy={options['policy']}"
+    limits = ("bpw", "max_kld", "max_ppl_ratio", "min_tps")
+    return {
+        "target": Target(
+            size_bytes=sizes[0] if sizes else None, **{name: options[name] for name in limits}
+        ),
+        "allocator": allocator,
+        "costs": options["costs"],
+        "types": options["types"],
+    }
 
 
 @cli.command()
@@ -284,26 +349,40 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
 @click.option(
     "--type", "preset", default=DEFAULT_PRESET, show_default=True, help="llama.cpp file type."
 )
+@click.option("--size", type=_Bytes(), help="The file may have so many bytes, like 80MiB.")
+@_allocation
+@click.option(
+    "--quantizer", default="auto", show_default=True, help="That will round; costs depend on it."
+)
+@click.option("--imatrix", type=_PATH, help="Use this importance matrix; do not calibrate.")
 @click.option("--no-imatrix", is_flag=True, help="Plan for rounding without calibration.")
 @click.option("--tensor-type-file", type=_PATH, help="Also write the types for llama-quantize.")
+@_texts
 @_input
 @_common
 def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Write the type of every tensor.
+    """Write the type of every tensor: llama.cpp's for a file type, or the best for a target.
 
     export --plan accepts the plan back, edited or not.
     """
     from edgeq import commands
 
-    result = commands.write_plan(
-        model,
-        out,
+    recipe = Recipe(
+        model=model,
+        out=out.with_suffix(".gguf"),
         preset=options["preset"],
+        **_target(options, None if options["size"] is None else (options["size"],)),
+        quantizer=options["quantizer"],
+        imatrix=options["imatrix"],
         use_imatrix=not options["no_imatrix"],
-        tensor_type_file=options["tensor_type_file"],
-        source=_source_choice(options, out),
-        steps=_start(verbose),
+        texts=_text_choice(options),
+        work=options["work"],
+        n_threads=options["threads"],
+        allow_requantize=options["allow_requantize"],
+        allow_pickle=options["allow_pickle"],
+        prove=False,
     )
+    result = commands.write_plan(recipe, out, options["tensor_type_file"], _start(verbose))
     _show(as_json, result.as_json(), result.as_text())
 
 
@@ -364,7 +443,7 @@ def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
 @cli.command()
 @_common
 def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
-    """List quantizers and architectures."""
+    """List quantizers, allocators and architectures."""
     from edgeq import commands
 
     _start(verbose)

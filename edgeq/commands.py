@@ -10,7 +10,7 @@ from converters.errors import ConversionError
 from converters.gguf_file import open_gguf
 from converters.hub import resolve_model
 from converters.imatrix_file import write_imatrix
-from edgeq import allocation, provenance
+from edgeq import allocation, pipeline, provenance
 from edgeq.console import Steps
 from edgeq.errors import EvaluationError, RecipeError
 from edgeq.evaluation import Speed, measure_speeds, store_reference
@@ -24,10 +24,8 @@ from edgeq.opening import (
     open_reference,
     prepare_texts,
 )
-from edgeq.pipeline import calibrate as calibrate_reference
-from edgeq.pipeline import size_of
 from edgeq.quantizers import QUANTIZERS
-from edgeq.recipe import TextChoice
+from edgeq.recipe import Recipe, TextChoice
 from edgeq.registry import Plugin
 from edgeq.results import FileResult, Measured, Written
 from edgeq.runtime.model import Model
@@ -104,7 +102,7 @@ def calibrate(
         ).calibration
         if text is None:
             raise RecipeError("calibrate: no text was prepared. Give --text FILE.")
-        imatrix = calibrate_reference(
+        imatrix = pipeline.calibrate(
             reference,
             text,
             work,
@@ -124,23 +122,13 @@ def calibrate(
     return Written((out,), figures, notes)
 
 
-def write_plan(
-    model: str,
-    out: Path,
-    *,
-    preset: str,
-    use_imatrix: bool,
-    tensor_type_file: Path | None,
-    source: SourceChoice,
-    steps: Steps,
-) -> Written:
+def write_plan(recipe: Recipe, out: Path, tensor_type_file: Path | None, steps: Steps) -> Written:
     """Write which type every tensor gets, and optionally the file for stock llama-quantize."""
     for path in (out, tensor_type_file):
         if path is not None:
-            check_output(path, (model,))
-    with WorkDirectory(source.work) as work:
-        reference = open_reference(model, source, work, steps)
-        plan = allocation.allocate(reference.file, preset, has_imatrix=use_imatrix)
+            check_output(path, (recipe.model, recipe.imatrix, *recipe.texts.files))
+    planned = pipeline.plan(recipe, steps)
+    plan = planned.plan
     plan.write(out)
     written = [out]
     if tensor_type_file is not None:
@@ -149,7 +137,7 @@ def write_plan(
     fallbacks = [entry for entry in plan.entries if entry.is_fallback]
     notes = tuple(f"{e.name}: {e.reason}; {e.qtype.name} instead" for e in fallbacks)
     figures = {"tensors": len(plan.entries), "bytes": plan.size_bytes, "bpw": round(plan.bpw, 4)}
-    return Written(tuple(written), figures, notes)
+    return Written(tuple(written), {**figures, **planned.facts}, (*planned.notes, *notes))
 
 
 def evaluate(
@@ -278,7 +266,7 @@ def _measured(
     names = [path.name for path in files]
     for path, judged, timing in zip(files, evaluations, timings, strict=True):
         label = path.name if names.count(path.name) == 1 else str(path)
-        rows.append(FileResult(label, path, *size_of(path), judged, timing))
+        rows.append(FileResult(label, path, *pipeline.size_of(path), judged, timing))
     return Measured(tuple(rows), steps.seconds, notes)
 
 
@@ -289,6 +277,7 @@ def plugins() -> dict[str, list[Plugin]]:
     }
     return {
         "quantizer": list(QUANTIZERS.plugins.values()),
+        "allocator": list(allocation.ALLOCATORS.plugins.values()),
         "architecture": [
             Plugin(name, ", ".join(architecture.classes), "edgeq")
             for name, architecture in sorted(architectures.items())

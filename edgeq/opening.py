@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -391,7 +391,7 @@ def _load(path: Path) -> Texts:
     )
 
 
-def values_sha256(values: dict[str, Any]) -> str:
+def values_sha256(values: Mapping[str, Any]) -> str:
     """Return a hash of named arrays."""
     digest = hashlib.sha256()
     for name in sorted(values):

@@ -8,19 +8,21 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, open_gguf, tensor_bytes, write_gguf
 from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
 from edgeq import allocation, provenance
-from edgeq.allocation import Plan
+from edgeq.allocation import Plan, Planned, make_allocator
 from edgeq.calibration import collect
 from edgeq.console import Progress, Steps
+from edgeq.costing import TYPES, parse_types
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
+from edgeq.measuring import Ground, Measurer
 from edgeq.opening import (
     AUTO_CHUNKS,
     Reference,
@@ -33,15 +35,14 @@ from edgeq.opening import (
     prepare_texts,
     values_sha256,
 )
-from edgeq.quantization import Quantized
+from edgeq.planning import Planner
+from edgeq.quantization import Importances, Quantized
 from edgeq.quantizers import Quantizer, make_quantizer
 from edgeq.recipe import Recipe
-from edgeq.results import FileResult, Report
+from edgeq.results import FileResult, Measured, Report
 from edgeq.roundings import Roundings
 from edgeq.runtime.presets import MixOptions, find_preset, quantize_with_llama_cpp
 from edgeq.workdir import WorkDirectory, replacing
-
-Importances = dict[str, npt.NDArray[np.float32]]
 
 
 def export(recipe: Recipe, steps: Steps) -> Report:
@@ -52,31 +53,99 @@ def export(recipe: Recipe, steps: Steps) -> Report:
     EdgeqError, ConversionError
         Whatever the user can mend; an existing output is then untouched.
     """
-    method = recipe.method
-    quantizer = make_quantizer(method.quantizer)
+    quantizer = make_quantizer(recipe.method.quantizer)
     if recipe.plan is None:
         find_preset(recipe.preset)
     with WorkDirectory(recipe.work_directory) as work:
         reference = _open(recipe, work, steps)
         _check_given(recipe, reference)
-        texts = _texts(recipe, reference, quantizer, work, steps)
-        imatrix = _imatrix(recipe, reference, texts, work, steps)
-        told = provenance.check_judging_text(recipe, reference, texts, imatrix)
-        plan = _plan(recipe, reference, imatrix, work, steps)
-        importances = _importances(imatrix, reference.file)
-        weighed_by = None if importances is None else values_sha256(importances)
-        rounding = Roundings(recipe, reference, plan, importances, weighed_by, work, steps)
-        layers = rounding.best(quantizer, texts)
-        made_by = provenance.describe(recipe, reference, texts, plan, weighed_by)
+        seen = _observe(recipe, reference, quantizer, work, steps)
+        told = provenance.check_judging_text(recipe, reference, seen.texts, seen.imatrix)
+        planned = _plan(recipe, reference, seen, work, steps)
+        plan = planned.plan
+        rounding = Roundings(
+            recipe, reference, plan, seen.importances, seen.weighed_by, work, steps
+        )
+        layers = rounding.best(quantizer, seen.texts)
+        made_by = provenance.describe(recipe, reference, seen.texts, planned, seen.weighed_by)
         name = str(recipe.imatrix or "imatrix.gguf")
-        fields = provenance.fields(reference, plan, imatrix, name, texts, made_by)
+        fields = provenance.fields(reference, plan, seen.imatrix, name, seen.texts, made_by)
         paths = _write(recipe, reference, plan, layers, fields, steps)
-        files = _prove(recipe, reference, texts, plan, importances, weighed_by, paths, work, steps)
-        told = (*told, *rounding.notes, *_notes(plan, imatrix, texts, work))
+        files = _prove(recipe, reference, plan, seen, paths, work, steps)
+        notes = _notes(plan, seen.imatrix, seen.texts, work)
+        told = (*told, *planned.notes, *rounding.notes, *notes)
         report = Report(made_by, files, steps.seconds, told, rounding.as_json(layers))
         with replacing(work.path / "report.json") as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     return report
+
+
+def export_sizes(recipe: Recipe, sizes: Sequence[int], steps: Steps) -> Measured:
+    """Write a file for every size, ``NAME-BYTES.gguf``; what they share is made once.
+
+    Raises
+    ------
+    EdgeqError, ConversionError
+        As ``export``; files of smaller sizes are then there already.
+    """
+    rows: list[FileResult] = []
+    notes: list[str] = []
+    for size in sorted(sizes):
+        one = dataclasses.replace(
+            recipe,
+            out=recipe.out.with_stem(f"{recipe.out.stem}-{size}"),
+            target=dataclasses.replace(recipe.target, size_bytes=size),
+            work=recipe.work_directory,
+        )
+        report = export(one, steps)
+        rows = [row for row in rows if row.evaluation is not None or not recipe.prove]
+        rows += [dataclasses.replace(row, label=f"{row.label}, {size:,}") for row in report.files]
+        notes += report.notes
+    return Measured(tuple(rows), steps.seconds, tuple(dict.fromkeys(notes)))
+
+
+def plan(recipe: Recipe, steps: Steps) -> Planned:
+    """Run the walk up to the plan.
+
+    Raises
+    ------
+    EdgeqError, ConversionError
+        Whatever the user can mend.
+    """
+    quantizer = make_quantizer(recipe.method.quantizer)
+    with WorkDirectory(recipe.work_directory) as work:
+        reference = _open(recipe, work, steps)
+        if not recipe.target.is_set:
+            has_imatrix = recipe.use_imatrix
+            return Planned(_planned(recipe, reference, has_imatrix=has_imatrix))
+        seen = _observe(recipe, reference, quantizer, work, steps)
+        return _plan(recipe, reference, seen, work, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What calibration saw.
+
+    Attributes
+    ----------
+    importances : tensor name to (n_mat, n_in) float32 mean squared inputs; None: no calibration
+    weighed_by : their hash
+    """
+
+    texts: Texts
+    imatrix: Imatrix | None
+    importances: Importances | None
+    weighed_by: str | None
+
+
+def _observe(
+    recipe: Recipe, reference: Reference, quantizer: Quantizer, work: WorkDirectory, steps: Steps
+) -> Seen:
+    texts = _texts(recipe, reference, quantizer, work, steps)
+    imatrix = _imatrix(recipe, reference, texts, work, steps)
+    importances = _importances(imatrix, reference.file)
+    weighed_by = None if importances is None else values_sha256(importances)
+    return Seen(texts, imatrix, importances, weighed_by)
 
 
 def _open(recipe: Recipe, work: WorkDirectory, steps: Steps) -> Reference:
@@ -89,6 +158,10 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
     read = (*reference.file.paths, recipe.imatrix, recipe.plan, *recipe.texts.files)
     check_output(recipe.out, read)
     imatrix = _given_imatrix(recipe, reference)
+    if recipe.target.is_set:  # the types are not known yet
+        make_allocator(recipe.allocator)
+        _candidate_types(recipe)
+        return
     plan = _planned(recipe, reference, has_imatrix=recipe.use_imatrix)
     if imatrix is not None or not recipe.use_imatrix:
         _check_importances(plan, reference, imatrix)
@@ -101,7 +174,8 @@ def _texts(
     work: WorkDirectory,
     steps: Steps,
 ) -> Texts:
-    uses_moments = quantizer.uses_hessian or bool(recipe.method.transforms)
+    method, allocates = recipe.method, recipe.target.is_set
+    uses_moments = quantizer.uses_hessian or bool(method.transforms) or allocates
     choice = recipe.texts
     if uses_moments and choice.chunks is None:
         n_chunks = recipe.budget.chunks
@@ -115,7 +189,7 @@ def _texts(
         steps,
         calibrates=recipe.use_imatrix and (recipe.imatrix is None or uses_moments),
         evaluates=recipe.prove,
-        tuning_chunks=recipe.budget.tuning_chunks if recipe.method.is_verified else 0,
+        tuning_chunks=recipe.budget.tuning_chunks if method.is_verified or allocates else 0,
         n_threads=recipe.n_threads,
     )
 
@@ -195,18 +269,34 @@ def _importances(imatrix: Imatrix | None, file: GgufFile) -> Importances | None:
 
 
 def _plan(
-    recipe: Recipe,
-    reference: Reference,
-    imatrix: Imatrix | None,
-    work: WorkDirectory,
-    steps: Steps,
-) -> Plan:
-    """Read the plan that was given, or let llama.cpp's preset decide; kept as ``plan.json``."""
-    with steps.step("allocate"):
-        plan = _planned(recipe, reference, has_imatrix=imatrix is not None)
-        _check_importances(plan, reference, imatrix)
-        plan.write(work.path / "plan.json")
-    return plan
+    recipe: Recipe, reference: Reference, seen: Seen, work: WorkDirectory, steps: Steps
+) -> Planned:
+    """Read the plan that was given, or let the preset or an allocator decide; ``plan.json``."""
+    if recipe.target.is_set:
+        ground = Ground(
+            reference,
+            seen.importances,
+            seen.weighed_by,
+            recipe.method.quantizer,
+            seen.texts.calibration,
+            seen.texts.tuning,
+            _candidate_types(recipe),
+            recipe.texts.seed,
+            recipe.n_threads,
+        )
+        with Measurer(ground, work, steps) as measurer:
+            found = Planner(measurer, recipe.costs, recipe.allocator).plan(recipe.target)
+    else:
+        with steps.step("allocate"):
+            has_imatrix = seen.imatrix is not None
+            found = Planned(_planned(recipe, reference, has_imatrix=has_imatrix))
+    _check_importances(found.plan, reference, seen.imatrix)
+    found.plan.write(work.path / "plan.json")
+    return found
+
+
+def _candidate_types(recipe: Recipe) -> tuple[GGMLQuantizationType, ...]:
+    return TYPES if recipe.types is None else parse_types(recipe.types)
 
 
 def _planned(recipe: Recipe, reference: Reference, *, has_imatrix: bool) -> Plan:
@@ -242,29 +332,28 @@ def _write(
 def _prove(
     recipe: Recipe,
     reference: Reference,
-    texts: Texts,
     plan: Plan,
-    importances: Importances | None,
-    weighed_by: str | None,
+    seen: Seen,
     paths: Sequence[Path],
     work: WorkDirectory,
     steps: Steps,
 ) -> tuple[FileResult, ...]:
     """Measure the output, and with ``--baseline`` llama.cpp's own file of the same types."""
-    files = {f"edgeq {recipe.quantizer} {plan.preset}": paths[0]}
+    types = recipe.allocator if recipe.target.is_set else plan.preset
+    files = {f"edgeq {recipe.quantizer} {types}": paths[0]}
     if recipe.baseline:
         with steps.step("baseline"):
-            files[f"llama-quantize {plan.preset}"] = work.artefact(
+            files[f"llama-quantize {types}"] = work.artefact(
                 "baseline.gguf",
                 {
                     "reference": reference.sha256,
-                    "importances": weighed_by,
+                    "importances": seen.weighed_by,
                     "types": {name: qtype.name for name, qtype in plan.types.items()},
                     "versions": provenance.versions(),
                 },
-                lambda out: _baseline(recipe, reference, plan, importances, out),
+                lambda out: _baseline(recipe, reference, plan, seen.importances, out),
             )
-    text = texts.evaluation
+    text = seen.texts.evaluation
     if not recipe.prove or text is None:
         return tuple(_unmeasured(label, path) for label, path in files.items())
     return _measure(files, reference, text, work, steps, recipe.n_threads)
@@ -273,7 +362,9 @@ def _prove(
 def _baseline(
     recipe: Recipe, reference: Reference, plan: Plan, importances: Importances | None, out: Path
 ) -> None:
-    is_given = recipe.plan is not None  # overrides count only where the preset quantizes at all
+    is_given = (
+        recipe.plan is not None or recipe.target.is_set
+    )  # overrides count only where the preset quantizes at all
     options = MixOptions(overrides=allocation.overrides(plan)) if is_given else None
     quantize_with_llama_cpp(
         reference.file.path,

@@ -16,10 +16,10 @@ from gguf.constants import GGUFValueType
 
 from converters.gguf_file import Field, GgufFile
 from converters.imatrix_file import SKETCH_KEY, Imatrix, sketch_of
-from edgeq.allocation import Plan
+from edgeq.allocation import Plan, Planned
 from edgeq.errors import EvaluationError
 from edgeq.opening import Reference, Texts
-from edgeq.quantizers import origin_of
+from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe
 from edgeq.texts import Manifest
 
@@ -39,7 +39,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def describe(
-    recipe: Recipe, reference: Reference, texts: Texts, plan: Plan, imatrix_sha256: str | None
+    recipe: Recipe, reference: Reference, texts: Texts, planned: Planned, imatrix_sha256: str | None
 ) -> dict[str, Any]:
     """Return how a file was made, as JSON values."""
     parts = {
@@ -56,9 +56,13 @@ def describe(
             for name, part in parts.items()
             if part is not None
         },
-        "plan": {"preset": plan.preset, "bpw": round(plan.bpw, 4)},
+        "plan": {
+            "preset": planned.plan.preset,
+            "bpw": round(planned.plan.bpw, 4),
+            **planned.facts,
+        },
         "method": dataclasses.asdict(recipe.method),
-        "versions": versions(origin_of(recipe.method.quantizer)),
+        "versions": versions(QUANTIZERS.origin_of(recipe.method.quantizer)),
     }
 
 

@@ -39,7 +39,7 @@ from edgeq.transforms import (
 from edgeq.workdir import WorkDirectory, file_name, file_sha256, save_arrays
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-_JUDGED_ROWS = 256  # of a matrix, evenly spread: folds are searched on these
+_JUDGED_ROWS = 256  # of a matrix: folds are searched on these
 Importances = Mapping[str, FloatArray]
 
 
@@ -293,7 +293,7 @@ class _Layer:
         )
         choice = search_scales(
             site,
-            {name: _thinned(self._weight(name)) for name in names},
+            {name: thinned(self._weight(name), _JUDGED_ROWS) for name in names},
             loss=loss,
             importances=importances,
             hessians=hessians,
@@ -342,12 +342,12 @@ class _Layer:
         return rows.reshape(*info.shape[:-1], -1)
 
 
-def _thinned(weight: FloatArray) -> FloatArray:
-    """Return some rows of each matrix."""
+def thinned(weight: FloatArray, n_rows: int) -> FloatArray:
+    """Return at most so many rows of each matrix, evenly spread."""
     n_out = weight.shape[-2]
-    if n_out <= _JUDGED_ROWS:
+    if n_out <= n_rows:
         return weight
-    rows = np.linspace(0, n_out - 1, _JUDGED_ROWS).astype(np.intp)
+    rows = np.linspace(0, n_out - 1, n_rows).astype(np.intp)
     return np.ascontiguousarray(weight[..., rows, :])
 
 

@@ -9,6 +9,7 @@ from edgeq.errors import RecipeError
 
 AUTO_TEXT = "auto"
 DEFAULT_PRESET = "Q4_K_M"
+DEFAULT_COSTS = "hessian"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,48 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What the file has to be; whatever is left open is then as good as it can be.
+
+    Attributes
+    ----------
+    size_bytes : the whole file has at most so many
+    bpw : bits per weight at most, over all tensors
+    max_kld : mean KL divergence from the float model at most, nats, on tuning text
+    max_ppl_ratio : perplexity at most so many times the float model's, on tuning text
+    min_tps : decodes at least so many tokens a second on this CPU
+    """
+
+    size_bytes: int | None = None
+    bpw: float | None = None
+    max_kld: float | None = None
+    max_ppl_ratio: float | None = None
+    min_tps: float | None = None
+
+    def __post_init__(self) -> None:
+        limits: tuple[tuple[str, float | None, float], ...] = (
+            ("--size", self.size_bytes, 0),
+            ("--bpw", self.bpw, 0),
+            ("--max-kld", self.max_kld, 0),
+            ("--max-ppl-ratio", self.max_ppl_ratio, 1),
+            ("--min-tps", self.min_tps, 0),
+        )
+        for flag, value, least in limits:
+            if value is not None and not value > least:
+                raise RecipeError(f"{flag}: got {value}, expected more than {least:g}.")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is asked for."""
+        return any(value is not None for value in vars(self).values())
+
+    @property
+    def is_divergence(self) -> bool:
+        """Whether the divergence is given and the bytes are to be found."""
+        return self.max_kld is not None or self.max_ppl_ratio is not None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One export.
 
@@ -116,6 +159,10 @@ class Recipe:
     out : the GGUF file to write
     preset : llama.cpp file type; which type every tensor gets, unless `plan` says it
     plan : a ``plan.json`` to follow
+    target : what the file has to be; an allocator then chooses the types instead of `preset`
+    allocator : registered name, with settings after a colon
+    costs : estimator of the losses that the allocator sees, see ``edgeq.costing``
+    types : that tensors may get, ``Q4_K,Q6_K``; None: all that llama.cpp runs well
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
     fisher, fisher_groups, sequential, asymmetric : see ``Method``; fisher None: the effort's
@@ -136,6 +183,10 @@ class Recipe:
     out: Path
     preset: str = DEFAULT_PRESET
     plan: Path | None = None
+    target: Target = Target()
+    allocator: str = "knapsack"
+    costs: str = DEFAULT_COSTS
+    types: str | None = None
     quantizer: str = "auto"
     effort: str = "default"
     fisher: float | None = None
@@ -155,6 +206,8 @@ class Recipe:
     baseline: bool = False
 
     def __post_init__(self) -> None:
+        if self.plan is not None and self.target.is_set:
+            raise RecipeError("--plan says every type already; leave the target out, or the plan.")
         if self.imatrix is not None and not self.use_imatrix:
             raise RecipeError("--imatrix and --no-imatrix contradict each other; give one.")
         for flag, value, known in (

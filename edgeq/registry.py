@@ -4,6 +4,7 @@ A registry imports an implementation only when it is asked for. Duplicate names 
 unknown name is answered with the nearest known one.
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from edgeq.errors import RegistryError
+from edgeq.errors import RecipeError, RegistryError
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,60 @@ class Registry:
                 f"{kind} {name!r} of {plugin.origin}: {plugin.target} cannot be imported "
                 f"({error}). Reinstall {plugin.origin}."
             ) from error
+
+    def make(self, flag: str, spec: str) -> Any:
+        """Return an instance of what ``NAME`` or ``NAME:key=value,...`` names.
+
+        Parameters
+        ----------
+        flag : of the command line, for messages
+
+        Raises
+        ------
+        RegistryError
+            The name is unknown, or its module cannot be imported.
+        RecipeError
+            It has no such setting, or the value is none of its type or range.
+        """
+        name, _, settings = spec.partition(":")
+        made = self.get(name)
+        if not settings:
+            return made()
+        known = (
+            {f.name: f for f in dataclasses.fields(made)} if dataclasses.is_dataclass(made) else {}
+        )
+        values: dict[str, object] = {}
+        for setting in settings.split(","):
+            key, _, text = setting.partition("=")
+            if not known:
+                raise RecipeError(f"{flag} {spec}: {name} has no settings. Give {name} alone.")
+            if key not in known:
+                raise RecipeError(f"{flag} {spec}: {unknown_name('setting', key, list(known))}")
+            values[key] = _parsed(f"{flag} {spec}: {key}", text, type(known[key].default))
+        return made(**values)
+
+    def origin_of(self, spec: str) -> str:
+        """Return the distribution that brings what a spec names.
+
+        Raises
+        ------
+        RegistryError
+            The name is unknown.
+        """
+        name = spec.partition(":")[0]
+        self.get(name)
+        return self.plugins[name].origin
+
+
+def _parsed(where: str, text: str, kind: type) -> object:
+    """Return a setting's value as the type of its default."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        wanted = "true or false" if kind is bool else f"a value like {kind()!r}"
+        raise RecipeError(f"{where} is {text!r}, expected {wanted}.") from error
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -21,7 +21,7 @@ from edgeq.errors import CalibrationError
 from edgeq.evaluation import evaluate, store_reference
 from edgeq.opening import Reference, Texts, UsedText
 from edgeq.quantization import Importances, Quantized, Rules, layers_of, quantize_layers
-from edgeq.quantizers import Quantizer, make_quantizer, origin_of
+from edgeq.quantizers import QUANTIZERS, Quantizer, make_quantizer
 from edgeq.recipe import Recipe
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
 
@@ -118,7 +118,7 @@ class Roundings:
                 "reference": self.reference.sha256,
                 "importances": self.weighed_by,
                 "quantizer": quantizer,
-                "versions": provenance.versions(origin_of(quantizer)),
+                "versions": provenance.versions(QUANTIZERS.origin_of(quantizer)),
             }
             return quantize_layers(
                 rules,

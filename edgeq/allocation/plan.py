@@ -9,8 +9,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,36 @@ class Plan:
         text = "\n".join(["{", *head, '  "tensors": {', ",\n".join(lines), "  }", "}", ""])
         with replacing(path) as temporary:
             temporary.write_text(text, "utf-8")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what is told about it.
+
+    Attributes
+    ----------
+    facts : allocator, costs, predicted bytes and loss, and what the allocator certifies
+    notes : sentences for the report
+    """
+
+    plan: Plan
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_of(
+    file: GgufFile,
+    preset: str,
+    types: Mapping[str, GGMLQuantizationType],
+    reasons: Mapping[str, str],
+) -> Plan:
+    """Return the plan that gives some tensors of a file these types and keeps the others'."""
+    entries = []
+    for name, info in file.tensors.items():
+        qtype = types.get(name, info.qtype)
+        size = tensor_bytes(qtype, info.shape)
+        entries.append(PlanEntry(name, qtype, info.shape, size, reasons.get(name, "kept")))
+    return Plan(find_preset(preset).name, tuple(entries))
 
 
 def read_plan(path: Path, file: GgufFile) -> Plan:

@@ -1,8 +1,38 @@
-"""The allocator without a budget: llama.cpp's own mix for a file type."""
+"""The allocators that follow llama.cpp: its own mix for a file type, or the best one that fits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, tensor_bytes
+from edgeq.allocation.costs import Allocation, Budget, Costs, Problem, check_feasible
 from edgeq.allocation.plan import Plan, PlanEntry
+from edgeq.errors import RecipeError
 from edgeq.runtime.presets import MixOptions, choose_types, find_preset
+
+COMMON = (
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "Q2_K_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "Q3_K_S",
+    "IQ3_M",
+    "Q3_K_M",
+    "Q3_K_L",
+    "IQ4_XS",
+    "Q4_0",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+)
 
 
 def allocate(
@@ -34,3 +64,54 @@ def allocate(
         for name, info in file.tensors.items()
     )
     return Plan(find_preset(preset).name, entries)
+
+
+@dataclass(frozen=True)
+class LargestPreset:
+    """llama.cpp's mix of most bytes among those that fit."""
+
+    def allocate(self, problem: Problem, budget: Budget) -> Allocation:
+        """Return the choice; see ``edgeq.allocation.Allocator``.
+
+        Raises
+        ------
+        RecipeError
+            The budget is a loss or a time, or no mix fits.
+        """
+        if budget.size_bytes is None or budget.seconds is not None:
+            raise RecipeError(
+                "--allocator preset: knows sizes only. Give --size or --bpw, or another allocator."
+            )
+        check_feasible(problem.costs, budget)
+        has_imatrix = problem.importances is not None
+        mixes = known_mixes(problem.file, problem.costs, has_imatrix=has_imatrix)
+        sizes = {
+            name: problem.costs.size_bytes(problem.costs.choice(types))
+            for name, types in mixes.items()
+        }
+        fitting = {name: size for name, size in sizes.items() if size <= budget.size_bytes}
+        if not fitting:
+            name = min(sizes, key=lambda one: sizes[one])
+            raise RecipeError(
+                f"--allocator preset: no mix of llama.cpp has {budget.size_bytes:,} bytes or less; "
+                f"the smallest is {name} with {sizes[name]:,}. Allow as many, or let knapsack "
+                "choose."
+            )
+        best = max(fitting, key=lambda one: fitting[one])
+        return Allocation(problem.costs.choice(mixes[best]), notes=(f"llama.cpp's {best}.",))
+
+
+def known_mixes(
+    file: GgufFile, costs: Costs, *, has_imatrix: bool
+) -> Mapping[str, Mapping[str, GGMLQuantizationType]]:
+    """Return llama.cpp's common mixes that use nothing but the candidates of `costs`.
+
+    Its own choice of a type for lack of importances or for the row size is followed.
+    """
+    known = {t.name: {c.qtype for c in t.candidates} for t in costs.tensors}
+    found = {}
+    for name in COMMON:
+        types = {e.name: e.qtype for e in allocate(file, name, has_imatrix=has_imatrix).entries}
+        if all(types[tensor] in candidates for tensor, candidates in known.items()):
+            found[name] = types
+    return found

@@ -228,7 +228,7 @@ def evaluate(
         agreed = _agreed_chunks(model, text, opened, n_ctx, chunks)
         opened.begin(n_ctx)
         started = time.perf_counter()
-        arrays = _run(model, opened, agreed, progress)
+        arrays = run_chunks(model, opened, agreed, progress)
         return Evaluation(
             model=str(path),
             reference=str(reference),
@@ -241,9 +241,10 @@ def evaluate(
         )
 
 
-def _run(
+def run_chunks(
     model: Model, reference: Reference, chunks: Tokens, progress: Progress | None
 ) -> dict[str, Any]:
+    """Return the per-token arrays of ``Evaluation`` for a model that is open."""
     shape = (len(chunks), chunking.n_scored(chunks.shape[1]))
     arrays: dict[str, npt.NDArray[Any]] = {
         name: np.empty(shape, kind) for name, kind in _ARRAYS.items() if name != "next_tokens"

@@ -3,7 +3,6 @@
 A name may carry settings: ``gptq:order=natural,sweeps=0`` is ``Gptq(order="natural", sweeps=0)``.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from edgeq.errors import CalibrationError, RecipeError, RegistryError
+from edgeq.errors import CalibrationError, RegistryError
 from edgeq.registry import Registry, unknown_name
 from edgeq.runtime.encoders import FloatArray, Packed
 
@@ -22,7 +21,6 @@ __all__ = [
     "Rounded",
     "importances_of",
     "make_quantizer",
-    "origin_of",
 ]
 
 QUANTIZERS = Registry(
@@ -105,48 +103,11 @@ def make_quantizer(spec: str) -> Quantizer:
     RecipeError
         It has no such setting, or the value is none of its type or range.
     """
-    name, _, settings = spec.partition(":")
+    name = spec.partition(":")[0]
     if name not in QUANTIZERS.plugins:
         raise RegistryError(unknown_name("quantizer", name, ["auto", *QUANTIZERS.names()]))
-    made = QUANTIZERS.get(name)
-    if not settings:
-        quantizer: Quantizer = made()
-        return quantizer
-    known = {f.name: f for f in dataclasses.fields(made)} if dataclasses.is_dataclass(made) else {}
-    values: dict[str, object] = {}
-    for setting in settings.split(","):
-        key, _, text = setting.partition("=")
-        if not known:
-            raise RecipeError(f"--quantizer {spec}: {name} has no settings. Give {name} alone.")
-        if key not in known:
-            raise RecipeError(f"--quantizer {spec}: {unknown_name('setting', key, list(known))}")
-        values[key] = _parsed(f"--quantizer {spec}: {key}", text, type(known[key].default))
-    configured: Quantizer = made(**values)
-    return configured
-
-
-def origin_of(spec: str) -> str:
-    """Return the distribution that brings a quantizer.
-
-    Raises
-    ------
-    RegistryError
-        The name is unknown.
-    """
-    name = spec.partition(":")[0]
-    QUANTIZERS.get(name)
-    return QUANTIZERS.plugins[name].origin
-
-
-def _parsed(where: str, text: str, kind: type) -> object:
-    """Return a setting's value as the type of its default."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError) as error:
-        wanted = "true or false" if kind is bool else f"a value like {kind()!r}"
-        raise RecipeError(f"{where} is {text!r}, expected {wanted}.") from error
+    made: Quantizer = QUANTIZERS.make("--quantizer", spec)
+    return made
 
 
 def importances_of(

@@ -1,0 +1,252 @@
+"""What every type costs every tensor, by one of several estimators.
+
+Cheap estimators look at a sample of each tensor's rows. The measured one swaps a tensor at a time
+in the model that llama.cpp has loaded, for one type, and takes the shape over the types from the
+second moments: a tensor's errors grow from type to type as they do, only the scale is its own.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from converters.gguf_file import tensor_bytes
+from edgeq.allocation.costs import (
+    Candidate,
+    Costs,
+    TensorCosts,
+    by_size,
+    read_costs,
+    write_costs,
+)
+from edgeq.calibration.fisher import token_weights
+from edgeq.calibration.moments import LayerwiseMoments
+from edgeq.errors import RecipeError
+from edgeq.measuring import Measurer
+from edgeq.opening import UsedText
+from edgeq.quantization import thinned
+from edgeq.recipe import DEFAULT_PRESET
+from edgeq.registry import unknown_name
+from edgeq.runtime.encoders import FloatArray, decode, encodable_types
+from edgeq.runtime.presets import requires_importances
+
+_T = GGMLQuantizationType
+ESTIMATORS = ("weight", "imatrix", "hessian", "fisher", "measured")
+# fmt: off
+TYPES = (
+    _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.Q2_K, _T.IQ3_XXS, _T.IQ3_S, _T.Q3_K, _T.MXFP4, _T.IQ4_XS,
+    _T.IQ4_NL, _T.Q4_0, _T.Q4_1, _T.Q4_K, _T.Q5_0, _T.Q5_1, _T.Q5_K, _T.Q6_K, _T.Q8_0,
+)
+# fmt: on
+_ALIGNMENT = 32  # of tensors in a file
+HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
+_JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
+_FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
+SWAP_CHUNKS = 2  # of tuning text for one swap
+_PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
+
+
+def make_costs(measurer: Measurer, estimator: str) -> Costs:
+    """Return the costs of every tensor and type by one of ``ESTIMATORS``.
+
+    Raises
+    ------
+    RecipeError
+        No such estimator, or it needs text and there is none.
+    CalibrationError
+        `fisher` without a torch model of the architecture.
+    """
+    if estimator not in ESTIMATORS:
+        raise RecipeError(f"--costs: {unknown_name('estimator', estimator, list(ESTIMATORS))}")
+    ground = measurer.ground
+    if estimator == "imatrix" and ground.importances is None:
+        raise RecipeError("--costs imatrix: there is no imatrix. Leave --no-imatrix out.")
+    if estimator in ("hessian", "fisher", "measured") and ground.calibration is None:
+        raise RecipeError(f"--costs {estimator}: there is no calibration text. Give --text.")
+    path = measurer.work.artefact(
+        f"costs-{estimator}.json",
+        {
+            **ground.about,
+            "estimator": estimator,
+            "types": [qtype.name for qtype in ground.types],
+            "seed": ground.seed,
+        },
+        lambda out: write_costs(_Costing(measurer, estimator).costs(), out),
+    )
+    return read_costs(path)
+
+
+def parse_types(text: str) -> tuple[GGMLQuantizationType, ...]:
+    """Return the types that ``Q4_K,Q6_K`` names.
+
+    Raises
+    ------
+    RecipeError
+    """
+    known = {qtype.name: qtype for qtype in encodable_types()}
+    names = [name.strip() for name in text.upper().split(",")]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"--types: {unknown_name('type', name, list(known))}")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+class _Costing:
+    """One making of the costs."""
+
+    def __init__(self, measurer: Measurer, estimator: str) -> None:
+        self.measurer = measurer
+        self.ground = measurer.ground
+        self.file = measurer.file
+        self.estimator = estimator
+        self.cheap = "hessian" if estimator == "measured" else estimator
+
+    def costs(self) -> Costs:
+        """Return the costs."""
+        names = self.measurer.names
+        found: dict[str, tuple[Candidate, ...]] = {}
+        with self.measurer.steps.step("costs") as progress:
+            for done, (name, hessian, scale) in enumerate(self._moments(), start=1):
+                found[name] = self._estimated(name, hessian, scale)
+                progress(done, len(names))
+        swapped = names if self.estimator == "measured" else ()
+        if self.estimator == "fisher":  # no gradients outside of layers
+            swapped = tuple(name for name in names if not name.startswith("blk."))
+        found |= self._swapped({name: found[name] for name in swapped})
+        others = [info for name, info in self.file.tensors.items() if name not in found]
+        texts = [text for text in (self.ground.calibration, self.ground.tuning) if text is not None]
+        header = min(info.offset for info in self.file.tensors.values()) + HEADER_RESERVE
+        header += 8 * sum(len(text.sketch) for text in texts)
+        return Costs(
+            self.ground.reference.sha256,
+            self.estimator,
+            self.ground.quantizer,
+            header + sum(_padded(tensor_bytes(info.qtype, info.shape)) for info in others),
+            sum(math.prod(info.shape) for info in others),
+            tuple(TensorCosts(name, self.file.tensors[name].shape, found[name]) for name in names),
+        )
+
+    def _moments(self) -> Iterator[tuple[str, FloatArray | None, float]]:
+        """Yield every tensor's second moments, (n_mat, n_in, n_in), and the scale of its loss."""
+        text = self.ground.calibration
+        if self.cheap == "fisher" and text is not None:
+            yield from self._guided(text)
+            return
+        uses_them = self.cheap == "hessian" or self.measurer.quantizer.uses_hessian
+        known = self.measurer.hessians() if uses_them else {}
+        yield from ((name, known.get(name), 1.0) for name in self.measurer.names)
+
+    def _guided(self, text: UsedText) -> Iterator[tuple[str, FloatArray | None, float]]:
+        """Yield second moments weighted by squared gradients; a layer's are freed after it."""
+        from edgeq.layerwise import LayerwiseModel
+
+        reference, rows = self.ground.reference, text.rows[:_FISHER_CHUNKS]
+        model = LayerwiseModel.open(
+            reference.file, reference.checkpoint, n_threads=self.ground.n_threads
+        )
+        with self.measurer.steps.step("gradients") as progress:
+            weights = token_weights(model, rows, seed=self.ground.seed, progress=progress)
+        source = LayerwiseMoments(model, rows, weights=weights, sequential=False)
+        layers: dict[int, list[str]] = {}
+        for name in self.measurer.names:
+            number = int(name.split(".")[1]) if name.startswith("blk.") else -1
+            layers.setdefault(number, []).append(name)
+        for number, names in sorted(layers.items()):
+            moments = source.of_layer(number) if number >= 0 else {}
+            for name in names:
+                if name in moments and name in weights:
+                    # moments hold twice the mean, their weights have mean 1: 1/2 E[g^2 (e x)^2]
+                    squares = float(weights[name][..., 1:].mean())
+                    yield name, moments[name].hessian, 0.5 * squares
+                else:
+                    yield name, None, 1.0
+
+    def _estimated(
+        self, name: str, hessian: FloatArray | None, scale: float
+    ) -> tuple[Candidate, ...]:
+        """Return the candidates of a tensor with losses from a sample of its rows."""
+        shape = self.file.tensors[name].shape
+        weight = thinned(self.file.read_float(name), _JUDGED_ROWS)
+        n_rows = math.prod(shape[:-1])
+        inputs = self.measurer.inputs(name, hessian)
+        found = []
+        for qtype in self._types(name, shape, inputs.importances is not None):
+            rounded = self.measurer.quantizer.quantize(
+                name, weight, qtype, inputs, n_threads=self.ground.n_threads
+            )
+            error = decode(rounded.packed, qtype).reshape(weight.shape) - weight
+            rows = scale * _row_losses(error, self.cheap, inputs.importances, hessian)
+            spread = float(rows.std(ddof=1)) if len(rows) > 1 else 0.0
+            unseen = max(0.0, 1 - len(rows) / n_rows)
+            loss_error = n_rows * spread * math.sqrt(unseen / len(rows))
+            size = _padded(tensor_bytes(qtype, shape))
+            found.append(Candidate(qtype, size, n_rows * float(rows.mean()), loss_error))
+        return by_size(found)
+
+    def _types(
+        self, name: str, shape: tuple[int, ...], has_importances: bool
+    ) -> list[GGMLQuantizationType]:
+        """Return the types that a tensor can have."""
+        found = [
+            qtype
+            for qtype in self.ground.types
+            if shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
+            and (has_importances or not requires_importances(name, qtype, DEFAULT_PRESET))
+        ]
+        return found or [_T.F16]
+
+    def _swapped(
+        self, tensors: Mapping[str, tuple[Candidate, ...]]
+    ) -> dict[str, tuple[Candidate, ...]]:
+        """Scale each tensor's losses so that one type's is the measured loss of its swap."""
+        found = {}
+        with self.measurer.steps.step("swaps") as progress:
+            for done, (name, candidates) in enumerate(tensors.items(), start=1):
+                probe = _probe(candidates, math.prod(self.file.tensors[name].shape))
+                swap = self.measurer.joint({name: probe.qtype}, SWAP_CHUNKS)
+                scale = swap.kld / probe.loss if probe.loss > 0 else 0.0
+                relative = swap.kld_error / swap.kld if swap.kld > 0 else 0.0
+                found[name] = tuple(
+                    Candidate(c.qtype, c.size_bytes, scale * c.loss, scale * c.loss * relative)
+                    for c in candidates
+                )
+                progress(done, len(tensors))
+        return found
+
+
+def _padded(n_bytes: int) -> int:
+    """Return the bytes that a tensor takes in a file."""
+    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _row_losses(
+    error: FloatArray,
+    estimator: str,
+    importances: FloatArray | None,
+    hessian: FloatArray | None,
+) -> FloatArray:
+    """Return the loss of every row's error e: |e|^2, weighted by importances, or (1/2) e H e.
+
+    Without what the estimator wants, all inputs count alike: the loss is then |e|^2.
+
+    Parameters
+    ----------
+    error : (n_out, n_in) or (n_mat, n_out, n_in)
+    importances : (n_mat, n_in)
+    hessian : (n_mat, n_in, n_in)
+    """
+    matrices = error.reshape(-1, *error.shape[-2:])
+    if estimator in ("hessian", "fisher") and hessian is not None:
+        squares = 0.5 * (matrices @ hessian) * matrices
+    else:
+        squares = np.square(matrices)
+        if estimator != "weight" and importances is not None:
+            squares *= importances[:, None, :]
+    losses: FloatArray = squares.sum(axis=2).ravel()
+    return losses
+
+
+def _probe(candidates: Sequence[Candidate], n_weights: int) -> Candidate:
+    """Return the candidate at which a swap is measured."""
+    return min(candidates, key=lambda one: abs(8 * one.size_bytes / n_weights - _PROBE_BPW))

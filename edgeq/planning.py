@@ -1,0 +1,162 @@
+"""From a target to a plan: what may be spent, and what it buys."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from edgeq.allocation import (
+    Allocation,
+    Budget,
+    Planned,
+    Problem,
+    make_allocator,
+    plan_of,
+)
+from edgeq.allocation.knapsack import Knapsack
+from edgeq.allocation.preset import known_mixes
+from edgeq.costing import make_costs
+from edgeq.errors import RecipeError
+from edgeq.evaluation import measure_speeds
+from edgeq.measuring import Joint, Measurer
+from edgeq.recipe import DEFAULT_PRESET, Target
+
+_SIZE_STEP = 0.005  # a size is found to half a percent
+
+
+class Planner:
+    """Plans for targets. Costs and measurements are made once and serve every target."""
+
+    def __init__(self, measurer: Measurer, estimator: str, allocator: str) -> None:
+        self.measurer = measurer
+        self.allocator_name = allocator
+        self.allocator = make_allocator(allocator)
+        self.costs = make_costs(measurer, estimator)
+        ground = measurer.ground
+        self.problem = Problem(
+            self.costs,
+            measurer.file,
+            importances=ground.importances,
+            measure=self._measure if ground.tuning is not None else None,
+            seed=ground.seed,
+        )
+
+    def plan(self, target: Target) -> Planned:
+        """Return the plan for a target.
+
+        Raises
+        ------
+        RecipeError
+            It cannot be met; the message names the nearest that can.
+        """
+        size = self._size(target)
+        with self.measurer.steps.step("allocate"):
+            found = self.allocator.allocate(self.problem, Budget(size_bytes=size))
+            return self._planned(found)
+
+    def _measure(self, choice: tuple[int, ...], n_chunks: int | None) -> tuple[float, float]:
+        found = self.measurer.joint(self.costs.types(choice), n_chunks)
+        return found.kld, found.kld_error
+
+    # --- how many bytes --------------------------------------------------------------------------
+
+    def _size(self, target: Target) -> int:
+        """Return the bytes of the whole file that a target allows, or needs."""
+        costs = self.costs
+        allowed = costs.size_bytes(costs.largest)
+        if target.size_bytes is not None:
+            allowed = min(allowed, target.size_bytes)
+        if target.bpw is not None:
+            n_weights = costs.fixed_weights + sum(t.n_weights for t in costs.tensors)
+            allowed = min(allowed, int(target.bpw * n_weights / 8))
+        if target.min_tps is not None:
+            allowed = min(allowed, self._size_of_speed(target.min_tps))
+        return self._size_of_divergence(target, allowed) if target.is_divergence else allowed
+
+    def _size_of_divergence(self, target: Target, allowed: int) -> int:
+        """Return the bytes of the smallest file that is so close to the float model."""
+
+        def is_close(size: int) -> bool:
+            found = self._joint(size)
+            return (target.max_kld is None or found.kld <= target.max_kld) and (
+                target.max_ppl_ratio is None or found.ppl_ratio <= target.max_ppl_ratio
+            )
+
+        with self.measurer.steps.step("search size"):
+            size = _smallest(self.costs.size_bytes(self.costs.smallest), allowed, is_close)
+        if size is None:
+            reached = self._joint(allowed)
+            raise RecipeError(
+                f"--max-kld, --max-ppl-ratio: cannot be met; {allowed:,} bytes reach a KL "
+                f"divergence of {reached.kld:.5f} nats and a perplexity ratio of "
+                f"{reached.ppl_ratio:.4f}. Ask for these, allow more bytes, or larger --types."
+            )
+        return size
+
+    def _size_of_speed(self, min_tps: float) -> int:
+        """Return the bytes of the largest file that decodes so fast on this CPU."""
+        least, most = (self.costs.size_bytes(c) for c in (self.costs.smallest, self.costs.largest))
+        with self.measurer.steps.step("search speed"):
+            slowest = self._tokens_per_second(least)
+            if slowest < min_tps:
+                raise RecipeError(
+                    f"--min-tps: got {min_tps:g}; the smallest file, of {least:,} bytes, decodes "
+                    f"{slowest:.1f} tokens/s here. Ask for no more, or allow smaller --types."
+                )
+            too_slow = _smallest(least, most, lambda s: self._tokens_per_second(s) < min_tps)
+        return most if too_slow is None else int(too_slow / (1 + _SIZE_STEP))
+
+    def _types_of(self, size: int) -> dict[str, Any]:
+        found = Knapsack().allocate(self.problem, Budget(size_bytes=size))
+        return self.costs.types(found.choice)
+
+    def _joint(self, size: int) -> Joint:
+        return self.measurer.joint(self._types_of(size))
+
+    def _tokens_per_second(self, size: int) -> float:
+        path = self.measurer.write_nearest(self._types_of(size))
+        try:
+            speeds = measure_speeds([path], n_threads=self.measurer.ground.n_threads)
+            return speeds[0].decode.median
+        finally:
+            path.unlink(missing_ok=True)
+
+    # --- the plan --------------------------------------------------------------------------------
+
+    def _planned(self, found: Allocation) -> Planned:
+        costs, file = self.costs, self.measurer.file
+        size, loss = costs.size_bytes(found.choice), costs.loss(found.choice)
+        reasons = {
+            tensor.name: f"{self.allocator_name}: {costs.estimator} loss {one.loss:.3g}"
+            for tensor, one in zip(costs.tensors, costs.chosen(found.choice), strict=True)
+        }
+        mixes = known_mixes(file, costs, has_imatrix=self.problem.importances is not None)
+        sizes = {name: costs.size_bytes(costs.choice(types)) for name, types in mixes.items()}
+        nearest = min(sizes, key=lambda name: abs(sizes[name] - size), default=DEFAULT_PRESET)
+        facts = {
+            "allocator": self.allocator_name,
+            "costs": costs.estimator,
+            "size_bytes": size,
+            "loss": loss,
+            **found.facts,
+        }
+        note = (
+            f"Types by {self.allocator_name} on {costs.estimator} costs: at most {size:,} bytes, "
+            f"predicted loss {loss:.4g}."
+        )
+        plan = plan_of(file, nearest, costs.types(found.choice), reasons)
+        return Planned(plan, facts, (note, *found.notes))
+
+
+def _smallest(least: int, most: int, is_enough: Callable[[int], bool]) -> int | None:
+    """Return the smallest of the sizes that are enough, to half a percent; None: none is."""
+    if is_enough(least):
+        return least
+    if not is_enough(most):
+        return None
+    while most > least * (1 + _SIZE_STEP):
+        middle = math.isqrt(least * most)
+        if is_enough(middle):
+            most = middle
+        else:
+            least = middle
+    return most

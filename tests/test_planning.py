@@ -1,0 +1,252 @@
+"""Costs, measurements in a loaded model, and what a target makes of them, on tiny models."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+
+from converters.gguf_file import open_gguf
+from edgeq import costing, pipeline
+from edgeq.allocation import read_plan
+from edgeq.allocation.costs import read_costs, write_costs
+from edgeq.console import Steps
+from edgeq.costing import TYPES, make_costs, parse_types
+from edgeq.errors import RecipeError, RuntimeLibraryError
+from edgeq.evaluation import evaluate
+from edgeq.measuring import Ground, Measurer
+from edgeq.opening import prepare_texts, values_sha256
+from edgeq.recipe import Recipe, TextChoice
+from edgeq.runtime.encoders import decode, encode
+from edgeq.runtime.patching import PatchableModel
+from edgeq.workdir import WorkDirectory
+from tests import tiny_gguf
+from tests.command_line import done, refused
+
+_T = GGMLQuantizationType
+NAME = "blk.1.ffn_down.weight"
+SHORT = ("--ctx", 64, "--chunks", 8, "--eval-chunks", 2)
+
+
+@pytest.fixture(scope="module")
+def measurer(tiny, texts, tmp_path_factory):
+    """Round-to-nearest on a tiny model, with text; everything that is measured is kept."""
+    directory = tmp_path_factory.mktemp("measurer")
+    recipe = Recipe(
+        str(tiny),
+        directory / "out.gguf",
+        quantizer="rtn",
+        texts=TextChoice((str(texts[0]),), n_ctx=64, chunks=8),
+    )
+    steps = Steps()
+    with WorkDirectory(recipe.work_directory) as work:
+        reference = pipeline._open(recipe, work, steps)
+        found = prepare_texts(
+            recipe.texts, reference, work, steps, calibrates=True, evaluates=False, tuning_chunks=4
+        )
+        imatrix = pipeline.calibrate(reference, found.calibration, work, steps)
+        importances = pipeline._importances(imatrix, reference.file)
+        ground = Ground(
+            reference,
+            importances,
+            values_sha256(importances),
+            "rtn",
+            found.calibration,
+            found.tuning,
+            TYPES,
+        )
+        with Measurer(ground, work, steps) as made:
+            yield made
+
+
+# ------------------------------------------------------------------------------ the loaded model
+
+
+def test_weights_in_memory_are_those_of_the_file(tiny):
+    file = open_gguf(tiny)
+    names = [name for name, info in file.tensors.items() if len(info.shape) == 2]
+    with PatchableModel(tiny, names, n_ctx=64) as model:
+        for name in names:
+            np.testing.assert_array_equal(model.weight(name), file.read_float(name))
+
+
+def test_a_weight_that_is_never_read_is_refused(tiny):
+    with pytest.raises(RuntimeLibraryError, match=r"never reads nothing\.weight"):
+        PatchableModel(tiny, ["nothing.weight"], n_ctx=64)
+
+
+def test_a_replaced_weight_acts_like_the_file_that_has_it(measurer, tmp_path):
+    file = measurer.file
+    importances = measurer.ground.importances[NAME]
+    weight = file.read_float(NAME)
+    values = decode(encode(weight, _T.Q4_0, importances), _T.Q4_0).reshape(weight.shape)
+    changed = tiny_gguf.write(tmp_path / "changed.gguf", "llama", replace={NAME: values})
+    rows = measurer.ground.tuning.rows
+    expected = evaluate(changed, rows, file.path, n_ctx=rows.shape[1]).summary
+    found = measurer.joint({NAME: _T.Q4_0})
+    assert found.kld == pytest.approx(expected.kld.value, rel=1e-2)  # a base file has 16 bits
+    assert found.ppl_ratio == pytest.approx(expected.ppl_ratio.value, rel=1e-3)
+
+
+def test_what_is_not_replaced_any_more_is_itself_again(measurer):
+    nothing = measurer.joint({})
+    measurer.joint({NAME: _T.Q4_0, "blk.0.attn_q.weight": _T.Q4_0})
+    measurer.work.path.joinpath("measured").rename(measurer.work.path / "forgotten")
+    assert measurer.joint({}) == nothing
+    assert nothing.kld < 1e-5
+
+
+def test_a_measurement_is_made_once(measurer):
+    first = measurer.joint({NAME: _T.Q5_0})
+    n_made = len(measurer.work.made)
+    assert measurer.joint({NAME: _T.Q5_0}) == first
+    assert len(measurer.work.made) == n_made
+
+
+# ------------------------------------------------------------------------------ costs
+
+
+@pytest.mark.parametrize("estimator", ["weight", "imatrix", "hessian", "measured"])
+def test_costs_are_of_every_tensor_and_fall_with_the_bytes(measurer, estimator):
+    costs = make_costs(measurer, estimator)
+    assert [t.name for t in costs.tensors] == list(measurer.names)
+    assert costs.estimator == estimator
+    for tensor in costs.tensors:
+        losses = {c.qtype: c.loss for c in tensor.candidates}
+        assert losses[_T.Q8_0] < losses[_T.Q5_0] < losses[_T.Q4_0]
+        assert all(c.loss_error >= 0 for c in tensor.candidates)
+
+
+def test_hessian_costs_are_the_error_of_the_outputs(measurer):
+    costs = make_costs(measurer, "hessian")
+    tensor = next(t for t in costs.tensors if t.name == NAME)
+    weight = measurer.file.read_float(NAME)
+    hessian = measurer.hessians()[NAME][0]
+    importances = measurer.ground.importances[NAME]
+    error = decode(encode(weight, _T.Q4_0, importances), _T.Q4_0).reshape(weight.shape) - weight
+    expected = 0.5 * np.trace(error @ hessian @ error.T)
+    found = next(c.loss for c in tensor.candidates if c.qtype == _T.Q4_0)
+    assert found == pytest.approx(expected, rel=1e-4)  # 64 rows: all of them are looked at
+
+
+def test_measured_costs_are_the_swap_at_the_probed_type(measurer):
+    costs = make_costs(measurer, "measured")
+    tensor = next(t for t in costs.tensors if t.name == NAME)
+    probe = costing._probe(tensor.candidates, tensor.n_weights)
+    swap = measurer.joint({NAME: probe.qtype}, costing.SWAP_CHUNKS)
+    assert probe.loss == pytest.approx(swap.kld)
+    assert probe.loss_error == pytest.approx(swap.kld_error)
+
+
+def test_costs_survive_their_file(measurer, tmp_path):
+    costs = make_costs(measurer, "hessian")
+    write_costs(costs, tmp_path / "costs.json")
+    assert read_costs(tmp_path / "costs.json") == costs
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no readable costs"),
+        ('{"schema": 2}', "schema 2, expected 1"),
+        ("[]", "no readable costs"),
+    ],
+)
+def test_damaged_costs_are_refused(tmp_path, content, message):
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        read_costs(path)
+
+
+def test_costs_that_are_not_finite_are_refused(measurer):
+    costs = make_costs(measurer, "weight")
+    tensor = costs.tensors[0]
+    broken = dataclasses.replace(tensor.candidates[0], loss=float("nan"))
+    with pytest.raises(RecipeError, match=r"the loss is nan, expected a finite number"):
+        dataclasses.replace(
+            costs, tensors=(dataclasses.replace(tensor, candidates=(broken,)), *costs.tensors[1:])
+        )
+
+
+def test_types_are_named_as_ggml_names_them():
+    assert parse_types("q4_k, Q6_K,q4_k") == (_T.Q4_K, _T.Q6_K)
+    with pytest.raises(RecipeError, match=r"--types: unknown type 'Q4_X'"):
+        parse_types("Q4_X")
+
+
+# ------------------------------------------------------------------------------ targets
+
+
+def export(tiny, texts, out, *flags):
+    command = ("export", tiny, out, "--text", texts[0], *SHORT, "--quantizer", "rtn", "--json")
+    return done(*command, *flags).json()
+
+
+def test_a_size_is_kept_and_used(tiny, texts, tmp_path):
+    size = open_gguf(tiny).size_bytes // 4
+    report = export(tiny, texts, tmp_path / "out.gguf", "--size", size)
+    found = open_gguf(tmp_path / "out.gguf")
+    assert size - 40_000 < found.size_bytes <= size
+    assert report["provenance"]["plan"]["allocator"] == "knapsack"
+    plan = read_plan(tmp_path / "out.edgeq" / "plan.json", open_gguf(tiny))
+    assert {n: t.qtype for n, t in found.tensors.items()} == plan.types
+
+
+def test_several_sizes_share_what_they_can(tiny, texts, tmp_path, works):
+    whole = open_gguf(tiny).size_bytes
+    sizes = (whole // 4, whole // 3)
+    report = export(tiny, texts, tmp_path / "out.gguf", "--size", f"{sizes[0]},{sizes[1]}")
+    files = [tmp_path / f"out-{size}.gguf" for size in sizes]
+    assert all(open_gguf(f).size_bytes <= s for f, s in zip(files, sizes, strict=True))
+    judged = [row for row in report["files"] if row["evaluation"] is not None]
+    klds = [row["evaluation"]["summary"]["kld"]["value"] for row in judged]
+    assert klds[0] > klds[1]
+    assert not {"costs-hessian.json", "imatrix.gguf"} & set(works[-1].made)
+
+
+def test_the_smallest_file_of_a_divergence_is_found(tiny, texts, tmp_path):
+    def planned(limit):
+        plan = tmp_path / "plan.json"
+        command = ("plan", tiny, "-o", plan, "--text", texts[0], *SHORT[:4], "--quantizer", "rtn")
+        return done(*command, "--max-kld", limit, "--json", "--work", tmp_path / "work").json()
+
+    loose, tight = planned(0.3), planned(0.05)
+    assert loose["bytes"] < tight["bytes"]
+
+
+def test_a_speed_is_met_or_refused(tiny, texts, tmp_path):
+    plan = tmp_path / "plan.json"
+    command = ("plan", tiny, "-o", plan, "--text", texts[0], *SHORT[:4], "--quantizer", "rtn")
+    done(*command, "--min-tps", 0.001)
+    assert "the smallest file" in refused(*command, "--min-tps", 1e12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--size", "1000"), "the smallest file of these types has"),
+        (("--size", "0"), "--size: got 0, expected more than 0"),
+        (("--max-kld", "1e-9"), "cannot be met"),
+        (("--bpw", "40", "--types", "Q9_K"), "unknown type 'Q9_K'"),
+        (("--bpw", "8", "--allocator", "greedy"), "unknown allocator 'greedy'"),
+        (("--bpw", "8", "--allocator", "knapsack:nothing=1"), "unknown setting 'nothing'"),
+        (("--bpw", "8", "--costs", "imatrix", "--no-imatrix"), "there is no imatrix"),
+        (("--bpw", "8", "--no-imatrix"), "there is no calibration text"),
+        (("--bpw", "8", "--policy", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_met_is_one_line(tiny, texts, tmp_path, flags, message):
+    out = tmp_path / "out.gguf"
+    line = refused("export", tiny, out, "--text", texts[0], *SHORT, "--quantizer", "rtn", *flags)
+    assert message in line
+    assert not out.exists()
+
+
+def test_a_plan_and_a_target_contradict_each_other(tiny, tmp_path):
+    plan = tmp_path / "plan.json"
+    done("plan", tiny, "-o", plan, "--type", "Q4_0", "--no-imatrix")
+    out = tmp_path / "out.gguf"
+    assert "leave the target out" in refused("export", tiny, out, "--plan", plan, "--bpw", 5)
+    assert json.loads(plan.read_text())["preset"] == "Q4_0"
