@@ -17,6 +17,8 @@ from edgeq.errors import RecipeError
 
 Doubles = npt.NDArray[np.float64]
 _BISECTIONS = 200
+_TINY = 1e-15  # of the limit: nothing weighs less
+_FEASIBILITY = 1e-6  # HiGHS' tolerance, relative to a limit
 _SLACK = 1e-9  # relative, of sums of float losses
 
 
@@ -85,12 +87,16 @@ class Knapsack:
                 return best, bound
             left = bound + reduced <= value * (1 + _SLACK)
             left[best] = True
-        found, dual = self._search(table, objective, weight, limit, seconds, left)
+        sure = limit
+        if seconds is not None:  # is not repaired afterwards; bytes are whole
+            sure = limit * (1 - 2 * _FEASIBILITY) + (0.5 if weight is table.size else 0.0)
+        found, dual = self._search(table, objective, weight, sure, seconds, left)
         if found is None:
             if best is None:
                 raise RecipeError(_too_slow(table, seconds))
             return best, bound
-        found = _repaired(table, found, objective, weight, limit)
+        if seconds is None:
+            found = _repaired(table, found, objective, weight, limit)
         if best is not None and objective[best].sum() <= objective[found].sum():
             found = best
         return found, max(bound, dual)
@@ -130,6 +136,24 @@ class Knapsack:
         order = np.argsort(found.x)  # the last one wins: the largest of a tensor's
         chosen[table.tensor[rows[order]]] = rows[order]
         return chosen, float(found.mip_dual_bound) * scale
+
+
+def fitted(costs: Costs, choice: Choice, size_bytes: int) -> Choice:
+    """Return the choice, changed as little as it takes to be within the bytes, and to use them.
+
+    Steps are taken where they cost the least loss per byte, then where they gain the most.
+
+    Raises
+    ------
+    RecipeError
+        Even the smallest file is larger.
+    """
+    check_feasible(costs, Budget(size_bytes=size_bytes))
+    table = _Table.of(costs, needs_seconds=False)
+    rows = table.starts + np.array(choice, np.intp)
+    return table.choice(
+        _repaired(table, rows, table.loss, table.size, float(size_bytes - costs.fixed_bytes))
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +252,7 @@ def _filled(
         fits = (gain > 0) & (more <= left)
         if not fits.any():
             return rows
-        rate = np.where(fits, gain / np.maximum(more, 1e-300), -np.inf)
+        rate = np.where(fits, gain / np.maximum(more, _TINY * limit), -np.inf)
         best = int(np.argmax(rate))
         rows[table.tensor[best]] = best
 
@@ -245,9 +269,8 @@ def _repaired(
     while weight[rows].sum() > limit:
         own = rows[table.tensor]
         less, worse = weight[own] - weight, objective - objective[own]
-        rate = np.where(less > 0, worse / np.maximum(less, 1e-300), np.inf)
-        best = int(np.argmin(rate))
-        if not np.isfinite(rate[best]):
+        best = int(np.argmin(np.where(less > 0, worse / np.maximum(less, _TINY * limit), np.inf)))
+        if not less[best] > 0:
             break
         rows[table.tensor[best]] = best
     return _filled(table, rows, objective, weight, limit)
