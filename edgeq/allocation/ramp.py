@@ -1,0 +1,229 @@
+"""RAMP: types chosen by a policy that Soft Actor-Critic has trained, or brought from elsewhere.
+
+What it can do that an exact solver cannot: see measured losses that are no sums, and carry over to
+a model on which nothing is measured. What it cannot: be better than the knapsack on sums.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.allocation.costs import Allocation, Budget, Choice, Problem, check_feasible
+from edgeq.allocation.evolution import uniform
+from edgeq.allocation.features import features
+from edgeq.allocation.game import Game, Reward
+from edgeq.allocation.knapsack import Knapsack, fitted
+from edgeq.allocation.policy import Policy, read_policy
+from edgeq.errors import RecipeError
+
+_FINALISTS = 3  # measured on all of the text at the end
+_NET = [64, 64]
+_UPDATE_EVERY = 16  # steps
+_UPDATES = 4
+_CLONING_STEPS = 500
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Soft Actor-Critic over the tensors in graph order, or a policy without training.
+
+    Attributes
+    ----------
+    episodes : of training; each decides on every tensor
+    measurements : episodes of the second half whose choice is measured in the model
+    warm : start from the knapsack's choice: its games are replayed, the actor imitates it
+    policy : file of a policy to apply as it is; empty: train
+    save : file to keep the trained policy in; empty: nowhere
+
+    References
+    ----------
+    RAMP, arXiv:2603.17891 (abstract), for the method; Haarnoja et al., Soft Actor-Critic,
+    arXiv:1812.05905, as stable-baselines3 has it.
+    """
+
+    episodes: int = 200
+    measurements: int = 24
+    warm: bool = True
+    policy: str = ""
+    save: str = ""
+
+    def allocate(self, problem: Problem, budget: Budget) -> Allocation:
+        """Return the best choice that was seen, by the best judge that there is.
+
+        That is the measured divergence, else the sum of losses. A warm start is among what is
+        judged, so that training never makes it worse.
+
+        Raises
+        ------
+        RecipeError
+            The budget is no size or below the smallest file, the policy is none for this version,
+            or stable-baselines3 is not installed.
+        """
+        if budget.size_bytes is None or budget.seconds is not None:
+            raise RecipeError("--allocator ramp: knows sizes only. Give --size or --bpw.")
+        check_feasible(problem.costs, budget)
+        if self.policy:
+            policy = read_policy(Path(self.policy))
+            game = Game(problem.costs, budget.size_bytes, features(problem))
+            choice = fitted(problem.costs, game.play(policy), budget.size_bytes)
+            note = (
+                f"Types by the policy {self.policy}, trained on {policy.about}; nothing was tried."
+            )
+            return Allocation(choice, {"zero_shot": 1.0}, (note,))
+        return _Training(self, problem, budget.size_bytes).run()
+
+
+class _Training:
+    """One training."""
+
+    def __init__(self, settings: Ramp, problem: Problem, size_bytes: int) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.costs = problem.costs
+        self.size_bytes = size_bytes
+        self.seen: dict[Choice, float] = {}
+        self.measured: dict[Choice, float] = {}
+        self.n_episodes = 0
+        self.game = Game(self.costs, size_bytes, features(problem))
+        self.start = uniform(self.costs, size_bytes)
+
+    def run(self) -> Allocation:
+        """Train, and return the best of what was seen."""
+        started = time.perf_counter()
+        best_known = self.start
+        if self.settings.warm:
+            best_known = (
+                Knapsack().allocate(self.problem, Budget(size_bytes=self.size_bytes)).choice
+            )
+        self._judge_cheaply(best_known)
+        policy = self._train(best_known if self.settings.warm else None)
+        final = fitted(self.costs, self.game.play(policy), self.size_bytes)
+        self._judge_cheaply(final)
+        if self.settings.save:
+            policy.write(Path(self.settings.save))
+        choice, facts = self._best(best_known, final)
+        facts |= {
+            "episodes": float(self.n_episodes),
+            "evaluations": float(len(self.measured)),
+            "seconds": time.perf_counter() - started,
+        }
+        return Allocation(choice, facts)
+
+    def _train(self, warm: Choice | None) -> Policy:
+        try:
+            import torch
+            from stable_baselines3 import SAC
+
+            from edgeq.allocation.ramp_environment import AllocationEnv
+        except ImportError as error:
+            raise RecipeError(
+                f"--allocator ramp: {error.name} is not installed. Install it with: "
+                "pip install 'edgeq[rl]'"
+            ) from error
+        unit = max(self.costs.loss(self.start), 1e-30) / len(self.costs.tensors)
+        env = AllocationEnv(self.game, unit, Reward(), self._finish)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the networks are tiny, and sums keep their order
+        try:
+            model = SAC(
+                "MlpPolicy",
+                env,
+                learning_rate=1e-3,
+                buffer_size=100_000,
+                learning_starts=0 if warm else 5 * len(self.costs.tensors),
+                batch_size=256,
+                gamma=0.9,
+                train_freq=_UPDATE_EVERY,
+                gradient_steps=_UPDATES,
+                ent_coef=0.02,
+                policy_kwargs={"net_arch": _NET},
+                seed=self.problem.seed,
+                device="cpu",
+            )
+            if warm is not None:
+                self._imitate(model, env, warm)
+            model.learn(self.settings.episodes * len(self.costs.tensors))
+            return _policy_of(model, f"{self.problem.file.path.name}, {self.n_episodes} episodes")
+        finally:
+            torch.set_num_threads(n_threads)
+
+    def _imitate(self, model: Any, env: Any, choice: Choice) -> None:
+        """Play the choice into the replay buffer, and fit the actor's mean to it."""
+        import torch
+
+        game = self.game
+        states, actions = [], []
+        state, _ = env.reset()
+        for number, index in enumerate(choice):
+            action = np.array([game.action(number, index)], np.float32)
+            states.append(state)
+            actions.append(action)
+            following, paid, is_last, _, _ = env.step(action)
+            model.replay_buffer.add(
+                state[None],
+                following[None],
+                action[None],
+                np.array([paid]),
+                np.array([is_last]),
+                [{}],
+            )
+            state = following
+        actor = model.policy.actor
+        inputs, wanted = torch.tensor(np.array(states)), torch.tensor(np.array(actions))
+        optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3)
+        for _ in range(_CLONING_STEPS):
+            mean = torch.tanh(actor.mu(actor.latent_pi(inputs)))
+            loss = torch.square(mean - wanted).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def _finish(self, choice: Choice) -> float:
+        """Remember an episode's choice; return ln of its measured over its predicted quality."""
+        self.n_episodes += 1
+        fit = fitted(self.costs, choice, self.size_bytes)
+        self._judge_cheaply(fit)
+        measure, settings = self.problem.measure, self.settings
+        half = settings.episodes // 2
+        every = max(1, (settings.episodes - half) // max(1, settings.measurements))
+        if measure is None or self.n_episodes <= half or (self.n_episodes - half) % every:
+            return 0.0
+        if len(self.measured) >= settings.measurements:
+            return 0.0
+        if not self.measured:
+            self.measured[self.start] = measure(self.start, 2)[0]
+        kld = self.measured[fit] = measure(fit, 2)[0]
+        predicted = self.costs.loss(fit) / max(self.costs.loss(self.start), 1e-30)
+        reached = kld / max(self.measured[self.start], 1e-30)
+        return math.log(max(reached, 1e-6) / max(predicted, 1e-6))
+
+    def _judge_cheaply(self, choice: Choice) -> None:
+        self.seen[choice] = self.costs.loss(choice)
+
+    def _best(self, known: Choice, final: Choice) -> tuple[Choice, dict[str, float]]:
+        cheapest = sorted(self.seen, key=lambda one: self.seen[one])
+        measure = self.problem.measure
+        if measure is None or not self.settings.measurements:
+            return cheapest[0], {"loss": self.seen[cheapest[0]]}
+        ranked = sorted(self.measured, key=lambda one: self.measured[one])
+        finalists = dict.fromkeys([known, final, *ranked[:_FINALISTS], *cheapest[:_FINALISTS]])
+        klds = {choice: measure(choice, None)[0] for choice in finalists}
+        best = min(klds, key=lambda one: klds[one])
+        return best, {"kld_start": klds[known], "kld": klds[best], "kld_policy": klds[final]}
+
+
+def _policy_of(model: Any, about: str) -> Policy:
+    """Return the mean of an actor of stable-baselines3."""
+    actor = model.policy.actor
+    linear = [part for part in actor.latent_pi if hasattr(part, "weight")] + [actor.mu]
+    return Policy(
+        tuple(
+            (part.weight.detach().numpy().copy(), part.bias.detach().numpy().copy())
+            for part in linear
+        ),
+        about,
+    )
