@@ -43,7 +43,7 @@ _ALIGNMENT = 32  # of tensors in a file
 HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
 _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
 _FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
-SWAP_CHUNKS = 2  # of tuning text for one swap
+SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
 _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
 
 
