@@ -105,10 +105,9 @@ _allocation = _options(
     ),
     click.option(
         "--costs",
-        type=click.Choice(["weight", "imatrix", "hessian", "fisher", "measured"]),
         default=DEFAULT_COSTS,
         show_default=True,
-        help="How the loss of a type is estimated.",
+        help="What a type loses: weight, imatrix, hessian, fisher, measured; or a costs-*.json.",
     ),
     click.option("--types", metavar="TYPE,...", help="Types that tensors may get, like Q4_K,Q6_K."),
     click.option("--policy", type=_PATH, help="Apply a trained policy: --allocator ramp:policy=."),
@@ -361,8 +360,9 @@ def _source_choice(options: dict[str, Any], out: Path) -> Any:
 @_input
 @_common
 def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
-    """Write the type of every tensor: llama.cpp's for a file type, or the best for a target.
+    """Write the type of every tensor.
 
+    llama.cpp's own mix for a file type, or the best types for a target (--size, --max-kld, ...).
     export --plan accepts the plan back, edited or not.
     """
     from edgeq import commands

@@ -24,6 +24,7 @@ from edgeq.opening import (
     open_reference,
     prepare_texts,
 )
+from edgeq.proving import size_of
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe, TextChoice
 from edgeq.registry import Plugin
@@ -266,7 +267,7 @@ def _measured(
     names = [path.name for path in files]
     for path, judged, timing in zip(files, evaluations, timings, strict=True):
         label = path.name if names.count(path.name) == 1 else str(path)
-        rows.append(FileResult(label, path, *pipeline.size_of(path), judged, timing))
+        rows.append(FileResult(label, path, *size_of(path), judged, timing))
     return Measured(tuple(rows), steps.seconds, notes)
 
 

@@ -7,6 +7,7 @@ second moments: a tensor's errors grow from type to type as they do, only the sc
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -48,15 +49,21 @@ _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well
 
 
 def make_costs(measurer: Measurer, estimator: str) -> Costs:
-    """Return the costs of every tensor and type by one of ``ESTIMATORS``.
+    """Return the costs of every tensor and type by one of ``ESTIMATORS``, or from a file.
+
+    Parameters
+    ----------
+    estimator : a name, or the path of a ``costs-*.json`` that an earlier run left
 
     Raises
     ------
     RecipeError
-        No such estimator, or it needs text and there is none.
+        No such estimator or file, it is of another model, or it needs text and there is none.
     CalibrationError
         `fisher` without a torch model of the architecture.
     """
+    if estimator.endswith(".json"):
+        return _given_costs(Path(estimator), measurer)
     if estimator not in ESTIMATORS:
         raise RecipeError(f"--costs: {unknown_name('estimator', estimator, list(ESTIMATORS))}")
     ground = measurer.ground
@@ -75,6 +82,17 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
         lambda out: write_costs(_Costing(measurer, estimator).costs(), out),
     )
     return read_costs(path)
+
+
+def _given_costs(path: Path, measurer: Measurer) -> Costs:
+    costs = read_costs(path)
+    sha256 = measurer.ground.reference.sha256
+    if costs.model_sha256 != sha256 or [t.name for t in costs.tensors] != list(measurer.names):
+        raise RecipeError(
+            f"--costs {path}: of another model, SHA-256 {costs.model_sha256:.12}..., expected "
+            f"{sha256:.12}... Name an estimator to make them for this one."
+        )
+    return costs
 
 
 def parse_types(text: str) -> tuple[GGMLQuantizationType, ...]:

@@ -8,20 +8,19 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from converters.gguf_file import GgufFile, open_gguf, tensor_bytes, write_gguf
+from converters.gguf_file import GgufFile, tensor_bytes, write_gguf
 from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
 from edgeq import allocation, provenance
 from edgeq.allocation import Plan, Planned, make_allocator
 from edgeq.calibration import collect
-from edgeq.console import Progress, Steps
+from edgeq.console import Steps
 from edgeq.costing import TYPES, parse_types
-from edgeq.evaluation import Evaluation, evaluate, measure_speeds
+from edgeq.errors import RecipeError
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import (
     AUTO_CHUNKS,
@@ -36,13 +35,19 @@ from edgeq.opening import (
     values_sha256,
 )
 from edgeq.planning import Planner
+from edgeq.provenance import Seen
+from edgeq.proving import prove
 from edgeq.quantization import Importances, Quantized
 from edgeq.quantizers import Quantizer, make_quantizer
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Measured, Report
 from edgeq.roundings import Roundings
-from edgeq.runtime.presets import MixOptions, find_preset, quantize_with_llama_cpp
+from edgeq.runtime.presets import find_preset
 from edgeq.workdir import WorkDirectory, replacing
+
+_DIVERGENCE_TRIES = 4
+_CLOSE_ENOUGH = 0.85  # of the divergence that was asked for
+_AIM = 0.95
 
 
 def export(recipe: Recipe, steps: Steps) -> Report:
@@ -61,23 +66,61 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         _check_given(recipe, reference)
         seen = _observe(recipe, reference, quantizer, work, steps)
         told = provenance.check_judging_text(recipe, reference, seen.texts, seen.imatrix)
-        planned = _plan(recipe, reference, seen, work, steps)
+        planned, rounding, layers = _quantized(recipe, reference, quantizer, seen, work, steps)
         plan = planned.plan
-        rounding = Roundings(
-            recipe, reference, plan, seen.importances, seen.weighed_by, work, steps
-        )
-        layers = rounding.best(quantizer, seen.texts)
         made_by = provenance.describe(recipe, reference, seen.texts, planned, seen.weighed_by)
         name = str(recipe.imatrix or "imatrix.gguf")
         fields = provenance.fields(reference, plan, seen.imatrix, name, seen.texts, made_by)
         paths = _write(recipe, reference, plan, layers, fields, steps)
-        files = _prove(recipe, reference, plan, seen, paths, work, steps)
+        files = prove(recipe, reference, plan, seen, paths, work, steps)
         notes = _notes(plan, seen.imatrix, seen.texts, work)
         told = (*told, *planned.notes, *rounding.notes, *notes)
         report = Report(made_by, files, steps.seconds, told, rounding.as_json(layers))
         with replacing(work.path / "report.json") as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     return report
+
+
+def _quantized(
+    recipe: Recipe,
+    reference: Reference,
+    quantizer: Quantizer,
+    seen: Seen,
+    work: WorkDirectory,
+    steps: Steps,
+) -> tuple[Planned, Roundings, Quantized]:
+    """Plan and quantize; where a divergence is asked for, until the file itself has it.
+
+    A plan is searched with weights rounded to nearest and exact inputs. The file is usually closer
+    to the float model: the limit that the plan is searched with is moved by what it reached.
+    """
+    target, strictness = recipe.target, 1.0
+    best: tuple[Planned, Roundings, Quantized] | None = None
+    for _ in range(_DIVERGENCE_TRIES):
+        one = dataclasses.replace(recipe, target=target.scaled(strictness))
+        planned = _plan(one, reference, seen, work, steps)
+        rounding = Roundings(
+            recipe, reference, planned.plan, seen.importances, seen.weighed_by, work, steps
+        )
+        layers = rounding.best(quantizer, seen.texts)
+        if not target.is_divergence or seen.texts.tuning is None:
+            return planned, rounding, layers
+        found = rounding.judge(layers, seen.texts.tuning)
+        share = target.share_of_divergence(found.kld.value, found.ppl_ratio.value)
+        if share <= 1 and (best is None or planned.plan.size_bytes < best[0].plan.size_bytes):
+            kld, ratio = found.kld.value, found.ppl_ratio.value
+            note = f"The file, on tuning text: {kld:.5f} nats, perplexity ratio {ratio:.4f}."
+            best = dataclasses.replace(planned, notes=(*planned.notes, note)), rounding, layers
+        if _CLOSE_ENOUGH <= share <= 1:
+            break
+        strictness *= _AIM / max(share, 1e-3)
+    if best is None:
+        raise RecipeError(
+            f"--max-kld, --max-ppl-ratio: the files of {_DIVERGENCE_TRIES} plans missed it, the "
+            f"last {share:.2f} times. Ask for a little more, or give --size."
+        )
+    best[0].plan.write(work.path / "plan.json")
+    return best
 
 
 def export_sizes(recipe: Recipe, sizes: Sequence[int], steps: Steps) -> Measured:
@@ -120,22 +163,6 @@ def plan(recipe: Recipe, steps: Steps) -> Planned:
             return Planned(_planned(recipe, reference, has_imatrix=has_imatrix))
         seen = _observe(recipe, reference, quantizer, work, steps)
         return _plan(recipe, reference, seen, work, steps)
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What calibration saw.
-
-    Attributes
-    ----------
-    importances : tensor name to (n_mat, n_in) float32 mean squared inputs; None: no calibration
-    weighed_by : their hash
-    """
-
-    texts: Texts
-    imatrix: Imatrix | None
-    importances: Importances | None
-    weighed_by: str | None
 
 
 def _observe(
@@ -277,7 +304,7 @@ def _plan(
             reference,
             seen.importances,
             seen.weighed_by,
-            recipe.method.quantizer,
+            recipe.costs_quantizer,
             seen.texts.calibration,
             seen.texts.tuning,
             _candidate_types(recipe),
@@ -327,112 +354,6 @@ def _write(
             split_max_bytes=recipe.split_max_bytes,
             progress=counting(progress, total),
         )
-
-
-def _prove(
-    recipe: Recipe,
-    reference: Reference,
-    plan: Plan,
-    seen: Seen,
-    paths: Sequence[Path],
-    work: WorkDirectory,
-    steps: Steps,
-) -> tuple[FileResult, ...]:
-    """Measure the output, and with ``--baseline`` llama.cpp's own file of the same types."""
-    types = recipe.allocator if recipe.target.is_set else plan.preset
-    files = {f"edgeq {recipe.quantizer} {types}": paths[0]}
-    if recipe.baseline:
-        with steps.step("baseline"):
-            files[f"llama-quantize {types}"] = work.artefact(
-                "baseline.gguf",
-                {
-                    "reference": reference.sha256,
-                    "importances": seen.weighed_by,
-                    "types": {name: qtype.name for name, qtype in plan.types.items()},
-                    "versions": provenance.versions(),
-                },
-                lambda out: _baseline(recipe, reference, plan, seen.importances, out),
-            )
-    text = seen.texts.evaluation
-    if not recipe.prove or text is None:
-        return tuple(_unmeasured(label, path) for label, path in files.items())
-    return _measure(files, reference, text, work, steps, recipe.n_threads)
-
-
-def _baseline(
-    recipe: Recipe, reference: Reference, plan: Plan, importances: Importances | None, out: Path
-) -> None:
-    is_given = (
-        recipe.plan is not None or recipe.target.is_set
-    )  # overrides count only where the preset quantizes at all
-    options = MixOptions(overrides=allocation.overrides(plan)) if is_given else None
-    quantize_with_llama_cpp(
-        reference.file.path,
-        out,
-        "Q8_0" if is_given else plan.preset,
-        importances,
-        n_threads=recipe.n_threads,
-        options=options,
-        allow_requantize=recipe.allow_requantize,
-    )
-
-
-def _measure(
-    files: dict[str, Path],
-    reference: Reference,
-    text: UsedText,
-    work: WorkDirectory,
-    steps: Steps,
-    n_threads: int | None,
-) -> tuple[FileResult, ...]:
-    """Judge files against the reference on a text, and time all of them in one interleaved run."""
-    evaluations = {}
-    for number, (label, path) in enumerate(files.items()):
-        with steps.step("evaluate") as progress:
-
-            def judge(out: Path, path: Path = path, progress: Progress = progress) -> None:
-                found = evaluate(
-                    path,
-                    text.rows,
-                    reference.path,
-                    n_ctx=text.rows.shape[1],
-                    n_threads=n_threads,
-                    progress=progress,
-                )
-                out.write_text(json.dumps(found.to_json()))
-
-            stored = work.artefact(
-                f"evaluation-{number}.json",
-                {
-                    "file": [str(path), open_gguf(path).sha256()],
-                    "reference": [str(reference.path), reference.sha256],
-                    "text": text.manifest.sha256,
-                    "versions": provenance.versions(),
-                },
-                judge,
-            )
-            evaluations[label] = Evaluation.from_json(json.loads(stored.read_text()))
-    timed = [*files.values(), reference.path]
-    with steps.step("time") as progress:
-        speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
-    rows = [
-        FileResult(label, path, *size_of(path), evaluations[label], timing)
-        for (label, path), timing in zip(files.items(), speeds, strict=False)
-    ]
-    rows.append(
-        FileResult("float reference", reference.path, *size_of(reference.path), None, speeds[-1])
-    )
-    return tuple(rows)
-
-
-def size_of(path: Path) -> tuple[int, float]:
-    """Return the bytes of a GGUF file, all its parts together, and its bits per weight."""
-    file = open_gguf(path)
-    return file.size_bytes, 8 * file.size_bytes / file.n_parameters
-
-
-def _unmeasured(label: str, path: Path) -> FileResult:
-    return FileResult(label, path, *size_of(path), None, None)
 
 
 def _notes(

@@ -34,6 +34,9 @@ class Planner:
         self.allocator = make_allocator(allocator)
         self.costs = make_costs(measurer, estimator)
         ground = measurer.ground
+        self.mixes = known_mixes(
+            measurer.file, self.costs, has_imatrix=ground.importances is not None
+        )
         self.problem = Problem(
             self.costs,
             measurer.file,
@@ -53,7 +56,26 @@ class Planner:
         size = self._size(target)
         with self.measurer.steps.step("allocate"):
             found = self.allocator.allocate(self.problem, Budget(size_bytes=size))
-            return self._planned(found)
+            return self._planned(self._not_worse(found, size))
+
+    def _not_worse(self, found: Allocation, size: int) -> Allocation:
+        """Return llama.cpp's own mix where it is closer to the float model; both are measured."""
+        costs, measure = self.costs, self.problem.measure
+        mixes = {n: costs.choice(t) for n, t in self.mixes.items()}
+        fitting = {n: c for n, c in mixes.items() if costs.size_bytes(c) <= size}
+        if measure is None or not fitting:
+            return found
+        name = max(fitting, key=lambda one: costs.size_bytes(fitting[one]))
+        kld, kld_mix = measure(found.choice, None)[0], measure(fitting[name], None)[0]
+        facts = {**found.facts, "kld_tuning": kld, "kld_tuning_preset": kld_mix}
+        compared = (
+            f"rounded to nearest, on tuning text {kld:.5f} nats, llama.cpp's {name} of "
+            f"{costs.size_bytes(fitting[name]):,} bytes {kld_mix:.5f}"
+        )
+        if kld <= kld_mix:
+            return Allocation(found.choice, facts, (*found.notes, f"The plan: {compared}."))
+        note = f"The plan is llama.cpp's {name}: {self.allocator_name} was not better; {compared}."
+        return Allocation(fitting[name], facts, (*found.notes, note))
 
     def _measure(self, choice: tuple[int, ...], n_chunks: int | None) -> tuple[float, float]:
         found = self.measurer.joint(self.costs.types(choice), n_chunks)
@@ -141,8 +163,7 @@ class Planner:
             tensor.name: f"{self.allocator_name}: {costs.estimator} loss {one.loss:.3g}"
             for tensor, one in zip(costs.tensors, costs.chosen(found.choice), strict=True)
         }
-        mixes = known_mixes(file, costs, has_imatrix=self.problem.importances is not None)
-        sizes = {name: costs.size_bytes(costs.choice(types)) for name, types in mixes.items()}
+        sizes = {name: costs.size_bytes(costs.choice(types)) for name, types in self.mixes.items()}
         nearest = min(sizes, key=lambda name: abs(sizes[name] - size), default=DEFAULT_PRESET)
         facts = {
             "allocator": self.allocator_name,

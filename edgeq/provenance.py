@@ -8,6 +8,7 @@ enough to notice later that somebody judges the file on text that it was calibra
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -21,10 +22,27 @@ from edgeq.errors import EvaluationError
 from edgeq.opening import Reference, Texts
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe
+from edgeq.runtime.encoders import FloatArray
 from edgeq.texts import Manifest
 
 _VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy", "torch", "transformers")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml/include/ggml.h
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What calibration saw.
+
+    Attributes
+    ----------
+    importances : tensor name to (n_mat, n_in) float32 mean squared inputs; None: no calibration
+    weighed_by : their hash
+    """
+
+    texts: Texts
+    imatrix: Imatrix | None
+    importances: Mapping[str, FloatArray] | None
+    weighed_by: str | None
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What one export is asked to do, checked once, before anything is read or written."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,24 @@ class Target:
         """Whether the divergence is given and the bytes are to be found."""
         return self.max_kld is not None or self.max_ppl_ratio is not None
 
+    def scaled(self, factor: float) -> "Target":
+        """Return the target with a divergence that is `factor` times as large."""
+        kld, ratio = self.max_kld, self.max_ppl_ratio
+        return dataclasses.replace(
+            self,
+            max_kld=None if kld is None else kld * factor,
+            max_ppl_ratio=None if ratio is None else ratio**factor,
+        )
+
+    def share_of_divergence(self, kld: float, ppl_ratio: float) -> float:
+        """Return how much of the allowed divergence is there; above 1 it is too much."""
+        shares = [0.0]
+        if self.max_kld is not None:
+            shares.append(kld / self.max_kld)
+        if self.max_ppl_ratio is not None:
+            shares.append(math.log(max(ppl_ratio, 1.0)) / math.log(self.max_ppl_ratio))
+        return max(shares)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -258,6 +277,14 @@ class Recipe:
             self.asymmetric,
             is_verified=is_auto,
         )
+
+    @property
+    def costs_quantizer(self) -> str:
+        """What rounds in the costs: the quantizer; for auto the nearest, which is fast.
+
+        Its costs rank types as gptq's do, see DECISIONS.md.
+        """
+        return "rtn" if self.quantizer == "auto" else self.quantizer
 
     def as_json(self) -> dict[str, Any]:
         """Return what shapes the bytes of the output, for its provenance."""

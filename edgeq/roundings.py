@@ -18,7 +18,7 @@ from edgeq.calibration.fisher import TokenWeights, token_weights
 from edgeq.calibration.moments import LayerwiseMoments, MomentsSource, StoredMoments
 from edgeq.console import Steps
 from edgeq.errors import CalibrationError
-from edgeq.evaluation import evaluate, store_reference
+from edgeq.evaluation import Summary, evaluate, store_reference
 from edgeq.opening import Reference, Texts, UsedText
 from edgeq.quantization import Importances, Quantized, Rules, layers_of, quantize_layers
 from edgeq.quantizers import QUANTIZERS, Quantizer, make_quantizer
@@ -93,6 +93,11 @@ class Roundings:
         plain = Rules(make_quantizer("rtn"), (), 0.0, rules.allow_requantize, rules.n_threads)
         nearest = self._quantize("verify", plain, None, "rtn", {}, "layers-rtn")
         return self._better(wanted, nearest, texts.tuning)
+
+    def judge(self, chosen: Quantized, text: UsedText) -> Summary:
+        """Return what the file would do on a text."""
+        with self.steps.step("verify"):
+            return self._judged({"chosen": chosen}, text)["chosen"]
 
     def as_json(self, chosen: Quantized) -> dict[str, Any]:
         """Return what the report tells about the rounding that was shipped."""
@@ -224,6 +229,11 @@ class Roundings:
     def _better(self, wanted: Quantized, nearest: Quantized, text: UsedText) -> Quantized:
         """Return what is closer to the reference on the tuning text."""
         name = self.recipe.method.quantizer
+
+        def klds() -> dict[str, float]:
+            judged = self._judged({name: wanted, "rtn": nearest}, text)
+            return {label: _finite(summary.kld.value) for label, summary in judged.items()}
+
         with self.steps.step("verify"):
             path = self.work.artefact(
                 "verification.json",
@@ -234,9 +244,7 @@ class Roundings:
                     "text": text.manifest.sha256,
                     "versions": provenance.versions(),
                 },
-                lambda out: out.write_text(
-                    json.dumps(self._divergences({name: wanted, "rtn": nearest}, text))
-                ),
+                lambda out: out.write_text(json.dumps(klds())),
             )
             self.verification = json.loads(path.read_text())
         kld, kld_rtn = self.verification[name], self.verification["rtn"]
@@ -253,12 +261,12 @@ class Roundings:
         self.notes.append(f"Rounded to nearest (rtn): {name} was not much better, {compared}.")
         return nearest
 
-    def _divergences(self, roundings: Mapping[str, Quantized], text: UsedText) -> dict[str, float]:
-        """Return the mean KL divergence, nats, of the file that each rounding would make."""
+    def _judged(self, roundings: Mapping[str, Quantized], text: UsedText) -> dict[str, Summary]:
+        """Return what the file that each rounding would make does on a text."""
         n_ctx, n_threads = text.rows.shape[1], self.recipe.n_threads
         file = self.reference.file
-        stored, candidate = self.work.path / "tuning.base", self.work.path / "candidate.gguf"
-        klds = {}
+        stored, candidate = self.work.path / "tuning.kld", self.work.path / "candidate.gguf"
+        found = {}
         try:
             store_reference(
                 self.reference.path,
@@ -270,13 +278,16 @@ class Roundings:
             )
             for name, rounding in roundings.items():
                 paths = write_gguf(candidate, file.fields, rounding.sources(self.plan, file))
-                found = evaluate(paths[0], text.rows, stored, n_ctx=n_ctx, n_threads=n_threads)
-                kld = float(found.summary.kld.value)
-                klds[name] = kld if np.isfinite(kld) else float(np.finfo(np.float32).max)
+                judged = evaluate(paths[0], text.rows, stored, n_ctx=n_ctx, n_threads=n_threads)
+                found[name] = judged.summary
         finally:
             candidate.unlink(missing_ok=True)
             stored.unlink(missing_ok=True)
-        return klds
+        return found
+
+
+def _finite(value: float) -> float:
+    return value if np.isfinite(value) else float(np.finfo(np.float32).max)
 
 
 def _digests(rounding: Quantized) -> dict[str, str]:

@@ -17,7 +17,8 @@ from edgeq.errors import RecipeError, RuntimeLibraryError
 from edgeq.evaluation import evaluate
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import prepare_texts, values_sha256
-from edgeq.recipe import Recipe, TextChoice
+from edgeq.planning import Planner
+from edgeq.recipe import Recipe, Target, TextChoice
 from edgeq.runtime.encoders import decode, encode
 from edgeq.runtime.patching import PatchableModel
 from edgeq.workdir import WorkDirectory
@@ -250,3 +251,33 @@ def test_a_plan_and_a_target_contradict_each_other(tiny, tmp_path):
     out = tmp_path / "out.gguf"
     assert "leave the target out" in refused("export", tiny, out, "--plan", plan, "--bpw", 5)
     assert json.loads(plan.read_text())["preset"] == "Q4_0"
+
+
+def test_the_file_itself_keeps_the_divergence(tiny, texts, tmp_path):
+    report = export(tiny, texts, tmp_path / "out.gguf", "--max-kld", 0.1)
+    told = next(note for note in report["notes"] if note.startswith("The file, on tuning text"))
+    reached = float(told.split(": ")[1].split(" ")[0])
+    assert 0.05 < reached <= 0.1
+
+
+def test_llama_cpps_mix_is_kept_where_it_is_better(measurer, monkeypatch):
+    planner = Planner(measurer, "hessian", "knapsack")
+    mixes = planner.mixes
+    size = planner.costs.size_bytes(planner.costs.choice(mixes["Q5_K_M"])) + 1
+    better = planner.costs.choice(mixes["Q5_K_M"])
+    planner.problem = dataclasses.replace(
+        planner.problem, measure=lambda choice, n: (0.1 if choice == better else 0.2, 0.0)
+    )
+    planned = planner.plan(Target(size_bytes=size))
+    assert planner.costs.choice(planned.plan.types) == better
+    assert "The plan is llama.cpp's Q5_K_M: knapsack was not better" in planned.notes[-1]
+
+
+def test_costs_of_another_model_are_refused(measurer, tmp_path):
+    costs = make_costs(measurer, "weight")
+    path = tmp_path / "costs.json"
+    write_costs(costs, path)
+    assert make_costs(measurer, str(path)) == costs
+    write_costs(dataclasses.replace(costs, model_sha256="0" * 64), path)
+    with pytest.raises(RecipeError, match=r"of another model, SHA-256 000000000000"):
+        make_costs(measurer, str(path))
