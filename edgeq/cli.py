@@ -107,7 +107,7 @@ _allocation = _options(
         "--costs",
         default=DEFAULT_COSTS,
         show_default=True,
-        help="What a type loses: weight, imatrix, hessian, fisher, measured; or a costs-*.json.",
+        help="Of types: weight, imatrix, hessian, relative, fisher, measured; or costs-*.json.",
     ),
     click.option("--types", metavar="TYPE,...", help="Types that tensors may get, like Q4_K,Q6_K."),
     click.option("--policy", type=_PATH, help="Apply a trained policy: --allocator ramp:policy=."),

@@ -33,19 +33,35 @@ from edgeq.runtime.encoders import FloatArray, decode, encodable_types
 from edgeq.runtime.presets import requires_importances
 
 _T = GGMLQuantizationType
-ESTIMATORS = ("weight", "imatrix", "hessian", "fisher", "measured")
+ESTIMATORS = ("weight", "imatrix", "hessian", "relative", "fisher", "measured")
 # fmt: off
 TYPES = (
     _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.Q2_K, _T.IQ3_XXS, _T.IQ3_S, _T.Q3_K, _T.MXFP4, _T.IQ4_XS,
     _T.IQ4_NL, _T.Q4_0, _T.Q4_1, _T.Q4_K, _T.Q5_0, _T.Q5_1, _T.Q5_K, _T.Q6_K, _T.Q8_0,
 )
 # fmt: on
+_TINY = 1e-30
 _ALIGNMENT = 32  # of tensors in a file
 HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
 _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
 _FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
+_MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
 SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
 _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
+
+
+def choose_estimator(measurer: Measurer) -> str:
+    """Return the best estimator that a model's size and what is installed allow.
+
+    Swaps are measured up to about half an hour of two cores. Beyond it squared gradients need
+    torch, relative errors nothing.
+    """
+    ground = measurer.ground
+    if ground.calibration is None or ground.tuning is None:
+        return "weight" if ground.importances is None else "imatrix"
+    if ground.reference.file.n_parameters * len(measurer.names) <= _MEASURABLE:
+        return "measured"
+    return "relative"
 
 
 def make_costs(measurer: Measurer, estimator: str) -> Costs:
@@ -53,7 +69,7 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
 
     Parameters
     ----------
-    estimator : a name, or the path of a ``costs-*.json`` that an earlier run left
+    estimator : a name, ``auto``, or the path of a ``costs-*.json`` that an earlier run left
 
     Raises
     ------
@@ -62,14 +78,17 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
     CalibrationError
         `fisher` without a torch model of the architecture.
     """
+    if estimator == "auto":
+        estimator = choose_estimator(measurer)
     if estimator.endswith(".json"):
         return _given_costs(Path(estimator), measurer)
     if estimator not in ESTIMATORS:
-        raise RecipeError(f"--costs: {unknown_name('estimator', estimator, list(ESTIMATORS))}")
+        known = ["auto", *ESTIMATORS]
+        raise RecipeError(f"--costs: {unknown_name('estimator', estimator, known)}")
     ground = measurer.ground
     if estimator == "imatrix" and ground.importances is None:
         raise RecipeError("--costs imatrix: there is no imatrix. Leave --no-imatrix out.")
-    if estimator in ("hessian", "fisher", "measured") and ground.calibration is None:
+    if estimator in ("hessian", "relative", "fisher", "measured") and ground.calibration is None:
         raise RecipeError(f"--costs {estimator}: there is no calibration text. Give --text.")
     path = measurer.work.artefact(
         f"costs-{estimator}.json",
@@ -118,7 +137,9 @@ class _Costing:
         self.ground = measurer.ground
         self.file = measurer.file
         self.estimator = estimator
-        self.cheap = "hessian" if estimator == "measured" else estimator
+        self.cheap = "hessian" if estimator in ("measured", "relative") else estimator
+        layers = {name.split(".")[1] for name in self.file.tensors if name.startswith("blk.")}
+        self.n_branches = 2 * len(layers)  # that write into the residual stream
 
     def costs(self) -> Costs:
         """Return the costs."""
@@ -188,6 +209,9 @@ class _Costing:
         weight = thinned(self.file.read_float(name), _JUDGED_ROWS)
         n_rows = math.prod(shape[:-1])
         inputs = self.measurer.inputs(name, hessian)
+        if self.estimator == "relative":
+            energy = float(_row_losses(weight, self.cheap, inputs.importances, hessian).mean())
+            scale = self._share(name) / max(n_rows * energy, _TINY)
         found = []
         for qtype in self._types(name, shape, inputs.importances is not None):
             rounded = self.measurer.quantizer.quantize(
@@ -201,6 +225,14 @@ class _Costing:
             size = _padded(tensor_bytes(qtype, shape))
             found.append(Candidate(qtype, size, n_rows * float(rows.mean()), loss_error))
         return by_size(found)
+
+    def _share(self, name: str) -> float:
+        """Return how much a relative error of a tensor's outputs counts.
+
+        A branch is one of many in the residual stream; the output matrix is all of the logits.
+        """
+        output = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
+        return float(self.n_branches) if name == output else 1.0
 
     def _types(
         self, name: str, shape: tuple[int, ...], has_importances: bool

@@ -10,7 +10,7 @@ from edgeq.errors import RecipeError
 
 AUTO_TEXT = "auto"
 DEFAULT_PRESET = "Q4_K_M"
-DEFAULT_COSTS = "hessian"
+DEFAULT_COSTS = "auto"
 
 
 @dataclass(frozen=True)

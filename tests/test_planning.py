@@ -108,7 +108,7 @@ def test_a_measurement_is_made_once(measurer):
 # ------------------------------------------------------------------------------ costs
 
 
-@pytest.mark.parametrize("estimator", ["weight", "imatrix", "hessian", "measured"])
+@pytest.mark.parametrize("estimator", ["weight", "imatrix", "hessian", "relative", "measured"])
 def test_costs_are_of_every_tensor_and_fall_with_the_bytes(measurer, estimator):
     costs = make_costs(measurer, estimator)
     assert [t.name for t in costs.tensors] == list(measurer.names)
@@ -129,6 +129,16 @@ def test_hessian_costs_are_the_error_of_the_outputs(measurer):
     expected = 0.5 * np.trace(error @ hessian @ error.T)
     found = next(c.loss for c in tensor.candidates if c.qtype == _T.Q4_0)
     assert found == pytest.approx(expected, rel=1e-4)  # 64 rows: all of them are looked at
+
+
+def test_relative_costs_are_shares_of_the_outputs(measurer):
+    tensors = {t.name: t for t in make_costs(measurer, "relative").tensors}
+    plain = {t.name: t for t in make_costs(measurer, "hessian").tensors}
+    for name, n_branches in ((NAME, 1), ("output.weight", 2 * tiny_gguf.N_LAYERS)):
+        weight, hessian = measurer.file.read_float(name), measurer.hessians()[name][0]
+        energy = 0.5 * np.einsum("ij,jk,ik->", weight, hessian, weight)
+        ratio = tensors[name].candidates[0].loss / plain[name].candidates[0].loss
+        assert ratio == pytest.approx(n_branches / energy, rel=0.2)  # 128 of the output's rows
 
 
 def test_measured_costs_are_the_swap_at_the_probed_type(measurer):
@@ -204,7 +214,7 @@ def test_several_sizes_share_what_they_can(tiny, texts, tmp_path, works):
     judged = [row for row in report["files"] if row["evaluation"] is not None]
     klds = [row["evaluation"]["summary"]["kld"]["value"] for row in judged]
     assert klds[0] > klds[1]
-    assert not {"costs-hessian.json", "imatrix.gguf"} & set(works[-1].made)
+    assert not {"costs-measured.json", "imatrix.gguf"} & set(works[-1].made)
 
 
 def test_the_smallest_file_of_a_divergence_is_found(tiny, texts, tmp_path):
@@ -224,6 +234,11 @@ def test_a_speed_is_met_or_refused(tiny, texts, tmp_path):
     assert "the smallest file" in refused(*command, "--min-tps", 1e12)
 
 
+def test_without_calibration_types_are_weighed_by_their_errors_alone(tiny, texts, tmp_path):
+    report = export(tiny, texts, tmp_path / "out.gguf", "--bpw", 8, "--no-imatrix")
+    assert report["provenance"]["plan"]["costs"] == "weight"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -234,7 +249,7 @@ def test_a_speed_is_met_or_refused(tiny, texts, tmp_path):
         (("--bpw", "8", "--allocator", "greedy"), "unknown allocator 'greedy'"),
         (("--bpw", "8", "--allocator", "knapsack:nothing=1"), "unknown setting 'nothing'"),
         (("--bpw", "8", "--costs", "imatrix", "--no-imatrix"), "there is no imatrix"),
-        (("--bpw", "8", "--no-imatrix"), "there is no calibration text"),
+        (("--bpw", "8", "--no-imatrix", "--costs", "hessian"), "there is no calibration text"),
         (("--bpw", "8", "--policy", "nowhere.safetensors"), "nowhere.safetensors"),
     ],
 )
