@@ -108,8 +108,12 @@ def test_a_measurement_is_made_once(measurer):
 # ------------------------------------------------------------------------------ costs
 
 
-@pytest.mark.parametrize("estimator", ["weight", "imatrix", "hessian", "relative", "measured"])
+@pytest.mark.parametrize(
+    "estimator", ["weight", "imatrix", "hessian", "relative", "fisher", "measured"]
+)
 def test_costs_are_of_every_tensor_and_fall_with_the_bytes(measurer, estimator):
+    if estimator == "fisher":
+        pytest.importorskip("torch")
     costs = make_costs(measurer, estimator)
     assert [t.name for t in costs.tensors] == list(measurer.names)
     assert costs.estimator == estimator
@@ -232,6 +236,30 @@ def test_a_speed_is_met_or_refused(tiny, texts, tmp_path):
     command = ("plan", tiny, "-o", plan, "--text", texts[0], *SHORT[:4], "--quantizer", "rtn")
     done(*command, "--min-tps", 0.001)
     assert "the smallest file" in refused(*command, "--min-tps", 1e12)
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    ["closed-form", "heavy-tail", "evolution:generations=2,offspring=3", "preset"],
+)
+def test_every_allocator_ends_in_a_file(tiny, texts, tmp_path, allocator):
+    size = open_gguf(tiny).size_bytes // 4
+    report = export(
+        tiny, texts, tmp_path / "out.gguf", "--size", size, "--allocator", allocator, "--no-prove"
+    )
+    assert report["provenance"]["plan"]["allocator"] == allocator
+    assert open_gguf(tmp_path / "out.gguf").size_bytes <= size
+
+
+def test_a_policy_is_kept_and_applied_to_another_model(tiny, texts, tmp_path):
+    pytest.importorskip("stable_baselines3")
+    policy = tmp_path / "policy.safetensors"
+    allocator = f"ramp:episodes=6,measurements=1,save={policy}"
+    flags = ("--bpw", 7, "--no-prove")
+    export(tiny, texts, tmp_path / "out.gguf", *flags, "--allocator", allocator)
+    other = tiny_gguf.write(tmp_path / "other.gguf", "llama", tied=True)
+    report = export(other, texts, tmp_path / "again.gguf", *flags, "--policy", policy)
+    assert report["provenance"]["plan"]["zero_shot"] == 1
 
 
 def test_without_calibration_types_are_weighed_by_their_errors_alone(tiny, texts, tmp_path):
