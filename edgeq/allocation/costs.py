@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
+from edgeq.allocation.plan import write_by_tensor
 from edgeq.errors import RecipeError
 from edgeq.registry import unknown_name
 from edgeq.runtime.encoders import encodable_types
-from edgeq.workdir import replacing
 
 SCHEMA = 1
 Choice = tuple[int, ...]
@@ -173,7 +173,6 @@ class Problem:
     ----------
     costs : of every tensor and type
     file : the reference, for allocators that look at weights
-    preset : llama.cpp's own mix of about the budget's size, as tensor name to type
     importances : tensor name to (n_mat, n_in) float32 mean squared inputs
     measure : called with a choice and a number of chunks of tuning text, at most (None: all of
         it), returns the mean KL divergence of the model with that choice, nats, and its standard
@@ -184,7 +183,6 @@ class Problem:
 
     costs: Costs
     file: GgufFile
-    preset: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     importances: Mapping[str, Any] | None = None
     measure: "Callable[[Choice, int | None], tuple[float, float]] | None" = None
     seed: int = 0
@@ -240,20 +238,9 @@ def check_feasible(costs: Costs, budget: Budget) -> None:
 
 def write_costs(costs: Costs, path: Path) -> None:
     """Write ``costs.json``; an existing file is replaced whole."""
-    head = {
-        "schema": SCHEMA,
-        **{
-            key: getattr(costs, key)
-            for key in ("model_sha256", "estimator", "quantizer", "fixed_bytes", "fixed_weights")
-        },
-    }
-    lines = [
-        f"    {json.dumps(tensor.name)}: {json.dumps(_as_json(tensor))}" for tensor in costs.tensors
-    ]
-    start = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    text = "\n".join(["{", *start, '  "tensors": {', ",\n".join(lines), "  }", "}", ""])
-    with replacing(path) as temporary:
-        temporary.write_text(text, "utf-8")
+    keys = ("model_sha256", "estimator", "quantizer", "fixed_bytes", "fixed_weights")
+    head = {"schema": SCHEMA, **{key: getattr(costs, key) for key in keys}}
+    write_by_tensor(path, head, {tensor.name: _as_json(tensor) for tensor in costs.tensors})
 
 
 def _as_json(tensor: TensorCosts) -> dict[str, Any]:

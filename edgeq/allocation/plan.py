@@ -135,12 +135,22 @@ class Plan:
             The file cannot be written.
         """
         content = self.as_json()
-        tensors = content.pop("tensors")
-        head = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in content.items()]
-        lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items()]
-        text = "\n".join(["{", *head, '  "tensors": {', ",\n".join(lines), "  }", "}", ""])
-        with replacing(path) as temporary:
-            temporary.write_text(text, "utf-8")
+        write_by_tensor(path, content, content.pop("tensors"))
+
+
+def write_by_tensor(path: Path, head: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Write a JSON object with its tensors last, one a line, so that people can read it.
+
+    Raises
+    ------
+    RecipeError
+        The file cannot be written.
+    """
+    start = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items()]
+    text = "\n".join(["{", *start, '  "tensors": {', ",\n".join(lines), "  }", "}", ""])
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 @dataclass(frozen=True)
