@@ -1,6 +1,5 @@
 """From a target to a plan: what may be spent, and what it buys."""
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,6 @@ from edgeq.allocation import (
     make_allocator,
     plan_of,
 )
-from edgeq.allocation.interactions import Interactions, fit_interactions
 from edgeq.allocation.knapsack import Knapsack
 from edgeq.allocation.preset import known_mixes
 from edgeq.costing import make_costs
@@ -144,16 +142,6 @@ class Planner:
         finally:
             path.unlink(missing_ok=True)
 
-    def _interactions(self) -> Interactions:
-        """Return how losses add up to the divergence of all of them; measured once."""
-        measurer = self.measurer
-        path = measurer.work.artefact(
-            "interactions.json",
-            {**measurer.ground.about, "types": [t.name for t in measurer.ground.types]},
-            lambda out: out.write_text(json.dumps(fit_interactions(self.problem).as_json())),
-        )
-        return Interactions(**json.loads(path.read_text()))
-
     # --- the plan --------------------------------------------------------------------------------
 
     def _planned(self, found: Allocation) -> Planned:
@@ -172,11 +160,6 @@ class Planner:
             "loss": loss,
             **found.facts,
         }
-        if costs.estimator == "measured":
-            interactions = self._interactions()
-            facts["predicted_kld"] = interactions.predict(costs, found.choice)
-            facts["interactions"] = interactions.model
-            facts["held_out_error"] = interactions.held_out[interactions.model]
         note = (
             f"Types by {self.allocator_name} on {costs.estimator} costs: at most {size:,} bytes, "
             f"predicted loss {loss:.4g}."
