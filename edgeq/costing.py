@@ -7,12 +7,14 @@ second moments: a tensor's errors grow from type to type as they do, only the sc
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.gguf_file import tensor_bytes
+from cpu_kernels.block_formats import FORMATS
 from edgeq.allocation.costs import (
     Candidate,
     Costs,
@@ -27,6 +29,7 @@ from edgeq.errors import RecipeError
 from edgeq.measuring import Measurer
 from edgeq.opening import UsedText
 from edgeq.quantization import thinned
+from edgeq.quantizers import Quantizer
 from edgeq.recipe import DEFAULT_PRESET
 from edgeq.registry import unknown_name
 from edgeq.runtime.encoders import FloatArray, decode, encodable_types
@@ -111,7 +114,26 @@ def _given_costs(path: Path, measurer: Measurer) -> Costs:
             f"--costs {path}: of another model, SHA-256 {costs.model_sha256:.12}..., expected "
             f"{sha256:.12}... Name an estimator to make them for this one."
         )
-    return costs
+    types = {*measurer.ground.types, _T.F16}
+    tensors = tuple(
+        replace(t, candidates=tuple(c for c in t.candidates if c.qtype in types))
+        for t in costs.tensors
+    )
+    bare = next((tensor.name for tensor in tensors if not tensor.candidates), None)
+    if bare is not None:
+        raise RecipeError(
+            f"--costs {path}: holds none of the types that {bare} may get. Name an estimator "
+            "to make them for these types."
+        )
+    return replace(costs, tensors=tensors)
+
+
+def default_types(quantizer: Quantizer) -> tuple[GGMLQuantizationType, ...]:
+    """Return the types that tensors may get: of a quantizer that feeds errors back, its own grids.
+
+    Lattice types it can only round to nearest; at about equal bits that is worse, see DECISIONS.md.
+    """
+    return tuple(t for t in TYPES if not quantizer.uses_hessian or t in FORMATS)
 
 
 def parse_types(text: str) -> tuple[GGMLQuantizationType, ...]:

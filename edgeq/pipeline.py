@@ -19,7 +19,7 @@ from edgeq import allocation, provenance
 from edgeq.allocation import Plan, Planned, make_allocator
 from edgeq.calibration import collect
 from edgeq.console import Steps
-from edgeq.costing import TYPES, parse_types
+from edgeq.costing import default_types, parse_types
 from edgeq.errors import RecipeError
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import (
@@ -323,7 +323,9 @@ def _plan(
 
 
 def _candidate_types(recipe: Recipe) -> tuple[GGMLQuantizationType, ...]:
-    return TYPES if recipe.types is None else parse_types(recipe.types)
+    if recipe.types is not None:
+        return parse_types(recipe.types)
+    return default_types(make_quantizer(recipe.method.quantizer))
 
 
 def _planned(recipe: Recipe, reference: Reference, *, has_imatrix: bool) -> Plan:

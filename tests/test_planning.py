@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +322,12 @@ def test_costs_of_another_model_are_refused(measurer, tmp_path):
     path = tmp_path / "costs.json"
     write_costs(costs, path)
     assert make_costs(measurer, str(path)) == costs
+    few = dataclasses.replace(measurer.ground, types=(_T.Q4_0, _T.Q8_0))
+    limited = make_costs(SimpleNamespace(ground=few, names=measurer.names), str(path))
+    assert {c.qtype for t in limited.tensors for c in t.candidates} == {_T.Q4_0, _T.Q8_0}
+    none = dataclasses.replace(measurer.ground, types=(_T.Q2_K,))
+    with pytest.raises(RecipeError, match="holds none of the types that"):
+        make_costs(SimpleNamespace(ground=none, names=measurer.names), str(path))
     write_costs(dataclasses.replace(costs, model_sha256="0" * 64), path)
     with pytest.raises(RecipeError, match=r"of another model, SHA-256 000000000000"):
         make_costs(measurer, str(path))
