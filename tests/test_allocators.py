@@ -111,6 +111,15 @@ def test_ten_thousand_tensors_of_twenty_types_are_certified():
     assert found.facts["gap"] < 1e-4
 
 
+def test_the_solver_prints_nothing(capfd):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        costs = graded(10 ** rng.normal(0, 1, 30))
+        size = int(costs.size_bytes(costs.smallest) * rng.uniform(1.1, 2.5))
+        Knapsack().allocate(problem(costs), Budget(size_bytes=size))
+    assert capfd.readouterr() == ("", "")
+
+
 @settings(deadline=None, max_examples=60)
 @given(tables)
 def test_the_curve_is_optimal_at_each_of_its_points(costs):

@@ -5,8 +5,12 @@ The Lagrangian relaxation solves it up to a few tensors at once and tells which 
 no optimum; the rest is a small integer program for HiGHS.
 """
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +91,7 @@ class Knapsack:
                 return best, bound
             left = bound + reduced <= value * (1 + _SLACK)
             left[best] = True
-        sure = limit
+        sure = limit * (1 + 2 * _FEASIBILITY) if weight is table.loss else limit  # the bound holds
         if seconds is not None:  # is not repaired afterwards; bytes are whole
             sure = limit * (1 - 2 * _FEASIBILITY) + (0.5 if weight is table.size else 0.0)
         found, dual = self._search(table, objective, weight, sure, seconds, left)
@@ -123,13 +127,14 @@ class Knapsack:
         ]
         if seconds is not None:
             limits.append(optimize.LinearConstraint(table.seconds[rows][None, :] / seconds, ub=1))
-        found = optimize.milp(
-            objective[rows] / scale,
-            constraints=limits,
-            integrality=np.ones(n),
-            bounds=optimize.Bounds(0, 1),
-            options={"mip_rel_gap": self.gap, "time_limit": self.seconds},
-        )
+        with _silenced():
+            found = optimize.milp(
+                objective[rows] / scale,
+                constraints=limits,
+                integrality=np.ones(n),
+                bounds=optimize.Bounds(0, 1),
+                options={"mip_rel_gap": self.gap, "time_limit": self.seconds},
+            )
         if found.x is None:
             return None, -np.inf
         chosen = np.full(table.n_tensors, -1, np.intp)
@@ -154,6 +159,20 @@ def fitted(costs: Costs, choice: Choice, size_bytes: int) -> Choice:
     return table.choice(
         _repaired(table, rows, table.loss, table.size, float(size_bytes - costs.fixed_bytes))
     )
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep what HiGHS prints (of scipy 1.17: lines for its developers) out of our output."""
+    sys.stdout.flush()
+    with Path(os.devnull).open("w") as nothing:
+        kept = os.dup(1)
+        os.dup2(nothing.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @dataclass(frozen=True, eq=False)
