@@ -48,7 +48,7 @@ class Knapsack:
         """Return the choice of least loss within the bytes, or of least bytes within the loss.
 
         Its facts are ``loss``, ``size_bytes`` and ``gap``: how far, relative, it can be from the
-        optimum at most.
+        optimum at most, for limits that are exact to a millionth (HiGHS' tolerance).
 
         Raises
         ------
@@ -91,19 +91,18 @@ class Knapsack:
                 return best, bound
             left = bound + reduced <= value * (1 + _SLACK)
             left[best] = True
-        sure = limit * (1 + 2 * _FEASIBILITY) if weight is table.loss else limit  # the bound holds
-        if seconds is not None:  # is not repaired afterwards; bytes are whole
-            sure = limit * (1 - 2 * _FEASIBILITY) + (0.5 if weight is table.size else 0.0)
-        found, dual = self._search(table, objective, weight, sure, seconds, left)
-        if found is None:
-            if best is None:
-                raise RecipeError(_too_slow(table, seconds))
-            return best, bound
-        if seconds is None:
+        strict = limit * (1 - 2 * _FEASIBILITY) + (0.5 if weight is table.size else 0.0)
+        found, dual = self._search(table, objective, weight, limit, seconds, left)
+        if seconds is not None or (found is not None and weight[found].sum() > limit):
+            found, _ = self._search(
+                table, objective, weight, strict, seconds, left
+            )  # really within
+        if found is not None and seconds is None:
             found = _repaired(table, found, objective, weight, limit)
-        if best is not None and objective[best].sum() <= objective[found].sum():
-            found = best
-        return found, max(bound, dual)
+        if found is None and best is None:
+            raise RecipeError(_too_slow(table, seconds))
+        choices = [rows for rows in (found, best) if rows is not None]
+        return min(choices, key=lambda rows: float(objective[rows].sum())), max(bound, dual)
 
     def _search(
         self,
