@@ -39,7 +39,7 @@ from edgeq.transforms import (
 from edgeq.workdir import WorkDirectory, file_name, file_sha256, save_arrays
 
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-_JUDGED_ROWS = 256  # of a matrix: folds are searched on these
+_JUDGED_ROWS = 128  # of a matrix: folds are searched on these
 Importances = Mapping[str, FloatArray]
 
 
