@@ -45,7 +45,7 @@ TYPES = (
 # fmt: on
 _TINY = 1e-30
 _ALIGNMENT = 32  # of tensors in a file
-HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
+_HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
 _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
 _FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
 _MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
@@ -177,7 +177,7 @@ class _Costing:
         found |= self._swapped({name: found[name] for name in swapped})
         others = [info for name, info in self.file.tensors.items() if name not in found]
         texts = [text for text in (self.ground.calibration, self.ground.tuning) if text is not None]
-        header = min(info.offset for info in self.file.tensors.values()) + HEADER_RESERVE
+        header = min(info.offset for info in self.file.tensors.values()) + _HEADER_RESERVE
         header += 8 * sum(len(text.sketch) for text in texts)
         return Costs(
             self.ground.reference.sha256,

@@ -8,10 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
@@ -86,7 +85,7 @@ class Joint:
     ppl_ratio: float
 
 
-class Measurer:
+class Measurer(AbstractContextManager["Measurer", None]):
     """Measures types in a loaded model; a context manager that frees it."""
 
     def __init__(self, ground: Ground, work: WorkDirectory, steps: Steps) -> None:
@@ -238,15 +237,7 @@ class Measurer:
         n_threads = self.ground.n_threads
         return self.quantizer.quantize(name, weight, qtype, inputs, n_threads=n_threads).packed
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._model is not None:
-            self._model.__exit__(kind, error, trace)
+            self._model.close()
             self._model = None

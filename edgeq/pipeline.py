@@ -95,22 +95,20 @@ def _quantized(
     to the float model: the limit that the plan is searched with is moved by what it reached.
     """
     target, strictness = recipe.target, 1.0
-    best: tuple[Planned, Roundings, Quantized] | None = None
+    best: Planned | None = None
     for _ in range(_DIVERGENCE_TRIES):
         one = dataclasses.replace(recipe, target=target.scaled(strictness))
         planned = _plan(one, reference, seen, work, steps)
-        rounding = Roundings(
-            recipe, reference, planned.plan, seen.importances, seen.weighed_by, work, steps
-        )
+        rounding = _rounding(recipe, reference, planned, seen, work, steps)
         layers = rounding.best(quantizer, seen.texts)
         if not target.is_divergence or seen.texts.tuning is None:
             return planned, rounding, layers
         found = rounding.judge(layers, seen.texts.tuning)
-        share = target.share_of_divergence(found.kld.value, found.ppl_ratio.value)
-        if share <= 1 and (best is None or planned.plan.size_bytes < best[0].plan.size_bytes):
-            kld, ratio = found.kld.value, found.ppl_ratio.value
+        kld, ratio = found.kld.value, found.ppl_ratio.value
+        share = target.share_of_divergence(kld, ratio)
+        if share <= 1 and (best is None or planned.plan.size_bytes < best.plan.size_bytes):
             note = f"The file, on tuning text: {kld:.5f} nats, perplexity ratio {ratio:.4f}."
-            best = dataclasses.replace(planned, notes=(*planned.notes, note)), rounding, layers
+            best = dataclasses.replace(planned, notes=(*planned.notes, note))
         if _CLOSE_ENOUGH <= share <= 1:
             break
         strictness *= _AIM / max(share, 1e-3)
@@ -119,8 +117,24 @@ def _quantized(
             f"--max-kld, --max-ppl-ratio: the files of {_DIVERGENCE_TRIES} plans missed it, the "
             f"last {share:.2f} times. Ask for a little more, or give --size."
         )
-    best[0].plan.write(work.path / "plan.json")
-    return best
+    if best.plan is not planned.plan:  # later tries have written their layers over its own
+        best.plan.write(work.path / "plan.json")
+        rounding = _rounding(recipe, reference, best, seen, work, steps)
+        layers = rounding.best(quantizer, seen.texts)
+    return best, rounding, layers
+
+
+def _rounding(
+    recipe: Recipe,
+    reference: Reference,
+    planned: Planned,
+    seen: Seen,
+    work: WorkDirectory,
+    steps: Steps,
+) -> Roundings:
+    return Roundings(
+        recipe, reference, planned.plan, seen.importances, seen.weighed_by, work, steps
+    )
 
 
 def export_sizes(recipe: Recipe, sizes: Sequence[int], steps: Steps) -> Measured:

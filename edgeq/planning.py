@@ -13,7 +13,7 @@ from edgeq.allocation import (
     plan_of,
 )
 from edgeq.allocation.knapsack import Knapsack
-from edgeq.allocation.preset import known_mixes
+from edgeq.allocation.preset import known_mixes, largest_mix
 from edgeq.costing import make_costs
 from edgeq.errors import RecipeError
 from edgeq.evaluation import measure_speeds
@@ -59,21 +59,20 @@ class Planner:
     def _not_worse(self, found: Allocation, size: int) -> Allocation:
         """Return llama.cpp's own mix where it is closer to the float model; both are measured."""
         costs, measure = self.costs, self.problem.measure
-        mixes = {n: costs.choice(t) for n, t in self.mixes.items()}
-        fitting = {n: c for n, c in mixes.items() if costs.size_bytes(c) <= size}
-        if measure is None or not fitting:
+        name = largest_mix(self.mixes, costs, size)
+        if measure is None or name is None:
             return found
-        name = max(fitting, key=lambda one: costs.size_bytes(fitting[one]))
-        kld, kld_mix = measure(found.choice, None)[0], measure(fitting[name], None)[0]
+        mix = self.mixes[name]
+        kld, kld_mix = measure(found.choice, None)[0], measure(mix, None)[0]
         facts = {**found.facts, "kld_tuning": kld, "kld_tuning_preset": kld_mix}
         compared = (
             f"rounded to nearest, on tuning text {kld:.5f} nats, llama.cpp's {name} of "
-            f"{costs.size_bytes(fitting[name]):,} bytes {kld_mix:.5f}"
+            f"{costs.size_bytes(mix):,} bytes {kld_mix:.5f}"
         )
         if kld <= kld_mix:
             return Allocation(found.choice, facts, (*found.notes, f"The plan: {compared}."))
         note = f"The plan is llama.cpp's {name}: {self.allocator_name} was not better; {compared}."
-        return Allocation(fitting[name], facts, (*found.notes, note))
+        return Allocation(mix, facts, (*found.notes, note))
 
     def _measure(self, choice: tuple[int, ...], n_chunks: int | None) -> tuple[float, float]:
         found = self.measurer.joint(self.costs.types(choice), n_chunks)
@@ -117,15 +116,21 @@ class Planner:
     def _size_of_speed(self, min_tps: float) -> int:
         """Return the bytes of the largest file that decodes so fast on this CPU."""
         least, most = (self.costs.size_bytes(c) for c in (self.costs.smallest, self.costs.largest))
+        speeds: dict[int, float] = {}
+
+        def is_too_slow(size: int) -> bool:
+            if size not in speeds:
+                speeds[size] = self._tokens_per_second(size)
+            return speeds[size] < min_tps
+
         with self.measurer.steps.step("search speed"):
-            slowest = self._tokens_per_second(least)
-            if slowest < min_tps:
-                raise RecipeError(
-                    f"--min-tps: got {min_tps:g}; the smallest file, of {least:,} bytes, decodes "
-                    f"{slowest:.1f} tokens/s here. Ask for no more, or allow smaller --types."
-                )
-            too_slow = _smallest(least, most, lambda s: self._tokens_per_second(s) < min_tps)
-        return most if too_slow is None else int(too_slow / (1 + _SIZE_STEP))
+            too_slow = _smallest(least, most, is_too_slow)
+        if too_slow == least:
+            raise RecipeError(
+                f"--min-tps: got {min_tps:g}; the smallest file, of {least:,} bytes, decodes "
+                f"{speeds[least]:.1f} tokens/s here. Ask for no more, or allow smaller --types."
+            )
+        return most if too_slow is None else max(least, int(too_slow / (1 + _SIZE_STEP)))
 
     def _types_of(self, size: int) -> dict[str, Any]:
         found = Knapsack().allocate(self.problem, Budget(size_bytes=size))
@@ -151,7 +156,7 @@ class Planner:
             tensor.name: f"{self.allocator_name}: {costs.estimator} loss {one.loss:.3g}"
             for tensor, one in zip(costs.tensors, costs.chosen(found.choice), strict=True)
         }
-        sizes = {name: costs.size_bytes(costs.choice(types)) for name, types in self.mixes.items()}
+        sizes = {name: costs.size_bytes(mix) for name, mix in self.mixes.items()}
         nearest = min(sizes, key=lambda name: abs(sizes[name] - size), default=DEFAULT_PRESET)
         facts = {
             "allocator": self.allocator_name,

@@ -20,6 +20,7 @@ from edgeq.measuring import Ground, Measurer
 from edgeq.opening import prepare_texts, values_sha256
 from edgeq.planning import Planner
 from edgeq.recipe import Recipe, Target, TextChoice
+from edgeq.roundings import Roundings
 from edgeq.runtime.encoders import decode, encode
 from edgeq.runtime.patching import PatchableModel
 from edgeq.workdir import WorkDirectory
@@ -307,8 +308,8 @@ def test_the_file_itself_keeps_the_divergence(tiny, texts, tmp_path):
 def test_llama_cpps_mix_is_kept_where_it_is_better(measurer, monkeypatch):
     planner = Planner(measurer, "hessian", "knapsack")
     mixes = planner.mixes
-    size = planner.costs.size_bytes(planner.costs.choice(mixes["Q5_K_M"])) + 1
-    better = planner.costs.choice(mixes["Q5_K_M"])
+    size = planner.costs.size_bytes(mixes["Q5_K_M"]) + 1
+    better = mixes["Q5_K_M"]
     planner.problem = dataclasses.replace(
         planner.problem, measure=lambda choice, n: (0.1 if choice == better else 0.2, 0.0)
     )
@@ -331,3 +332,25 @@ def test_costs_of_another_model_are_refused(measurer, tmp_path):
     write_costs(dataclasses.replace(costs, model_sha256="0" * 64), path)
     with pytest.raises(RecipeError, match=r"of another model, SHA-256 000000000000"):
         make_costs(measurer, str(path))
+
+
+def test_the_file_is_that_of_the_plan_that_met_the_divergence(tiny, texts, tmp_path, monkeypatch):
+    """Later plans that miss it have written their layers over those of the plan that is kept."""
+    plans, shares = [], iter((0.5, 1.2, 1.2, 1.2))
+
+    def judge(self, chosen, text):
+        plans.append(self.plan)
+        kld = SimpleNamespace(value=next(shares) * 0.1)
+        return SimpleNamespace(kld=kld, ppl_ratio=SimpleNamespace(value=1.0))
+
+    monkeypatch.setattr(Roundings, "judge", judge)
+    export(tiny, texts, tmp_path / "out.gguf", "--max-kld", 0.1, "--no-prove")
+    assert len(plans) == 4
+    assert plans[0].types not in (plan.types for plan in plans[1:])
+    plans[0].write(tmp_path / "plan.json")
+    given = ("--plan", tmp_path / "plan.json", "--imatrix", tmp_path / "out.edgeq/imatrix.gguf")
+    export(tiny, texts, tmp_path / "same.gguf", *given, "--no-prove")
+    found, same = (open_gguf(tmp_path / name) for name in ("out.gguf", "same.gguf"))
+    assert {n: t.qtype for n, t in found.tensors.items()} == plans[0].types
+    for name in found.tensors:
+        np.testing.assert_array_equal(found.read_bytes(name), same.read_bytes(name))

@@ -150,6 +150,19 @@ def test_training_from_nothing_beats_the_same_bits_everywhere(problem, budget):
     assert found.facts["episodes"] >= 60
 
 
+def test_every_measurement_is_counted(problem, budget):
+    pytest.importorskip("stable_baselines3")
+    asked = set()
+
+    def measure(choice, n_chunks):
+        asked.add((choice, n_chunks))
+        return problem.measure(choice, n_chunks)
+
+    noted = dataclasses.replace(problem, measure=measure)
+    found = Ramp(episodes=10, measurements=4).allocate(noted, budget)
+    assert found.facts["evaluations"] == len(asked)
+
+
 def test_training_is_the_same_for_a_seed(problem, budget, trained, tmp_path):
     settings = Ramp(episodes=40, measurements=8, save=str(tmp_path / "again.safetensors"))
     again = settings.allocate(problem, budget)
@@ -211,4 +224,25 @@ def test_what_is_no_policy_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RecipeError, match="no readable policy"):
+        read_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"1.weight": None}, "KeyError"),
+        ({"0.weight": np.zeros((8, 10), np.float32)}, "expected 11 numbers in and 1 out"),
+        ({"1.weight": np.zeros((2, 8), np.float32)}, "expected 11 numbers in and 1 out"),
+        ({"1.bias": np.array([np.nan], np.float32)}, "a weight is not finite"),
+        ({"9.weight": np.zeros((1, 1), np.float32)}, "KeyError"),
+    ],
+)
+def test_a_damaged_network_is_refused(tmp_path, changed, message):
+    shapes = {"0.weight": (8, 11), "0.bias": (8,), "1.weight": (1, 8), "1.bias": (1,)}
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()} | changed
+    path = tmp_path / "policy.safetensors"
+    about = {"schema": 1, "features": NAMES, "trained on": "x"}
+    kept = {key: value for key, value in arrays.items() if value is not None}
+    save_file(kept, path, {"edgeq.policy": json.dumps(about)})
+    with pytest.raises(RecipeError, match=message):
         read_policy(path)

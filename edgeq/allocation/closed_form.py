@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeq.allocation.costs import Allocation, Budget, Costs, Problem, check_feasible
+from edgeq.allocation.costs import Allocation, Budget, Costs, Problem, size_alone
 from edgeq.allocation.knapsack import fitted
-from edgeq.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,9 @@ class ClosedForm:
             The budget is a loss or a time, or below the smallest file.
         """
         costs = problem.costs
-        if budget.size_bytes is None or budget.seconds is not None:
-            raise RecipeError(
-                "--allocator closed-form: knows sizes only. Give --size or --bpw, or knapsack."
-            )
-        check_feasible(costs, budget)
+        size_bytes = size_alone("closed-form", costs, budget)
         c, n = _coefficients(costs)
-        mean = 8 * (budget.size_bytes - costs.fixed_bytes) / n.sum()
+        mean = 8 * (size_bytes - costs.fixed_bytes) / n.sum()
         bits = mean + 0.5 * (np.log2(c) - np.average(np.log2(c), weights=n))
         choice = tuple(
             int(np.argmin([abs(8 * one.size_bytes / t.n_weights - r) for one in t.candidates]))
@@ -48,7 +43,7 @@ class ClosedForm:
             f"Were types continuous, allocation could lower the loss to {bound:.3f} × that of "
             "the same bits everywhere."
         )
-        return Allocation(fitted(costs, choice, budget.size_bytes), {"gain_bound": bound}, (note,))
+        return Allocation(fitted(costs, choice, size_bytes), {"gain_bound": bound}, (note,))
 
 
 def gain_bound(costs: Costs) -> float:

@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TensorCosts:
-    """The candidates of one tensor, by rising size, at least one.
+    """The candidates of one tensor, by rising size, of equal sizes the better first; at least one.
 
     Attributes
     ----------
@@ -60,6 +60,15 @@ class TensorCosts:
     def n_weights(self) -> int:
         """Weights of the tensor."""
         return math.prod(self.shape)
+
+    @property
+    def ladder(self) -> list[int]:
+        """Indices of the candidates that no other one beats in bytes and in loss, rising."""
+        kept: list[int] = []
+        for index, one in enumerate(self.candidates):
+            if not kept or one.loss < self.candidates[kept[-1]].loss:
+                kept.append(index)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,22 @@ class Allocator(Protocol):
         ...
 
 
+def size_alone(allocator: str, costs: Costs, budget: Budget) -> int:
+    """Return the size of a budget, for allocators that know nothing else.
+
+    Raises
+    ------
+    RecipeError
+        The budget is a loss or a time, or below the smallest file.
+    """
+    if budget.size_bytes is None or budget.seconds is not None:
+        raise RecipeError(
+            f"--allocator {allocator}: knows sizes only. Give --size or --bpw, or knapsack."
+        )
+    check_feasible(costs, budget)
+    return budget.size_bytes
+
+
 def check_feasible(costs: Costs, budget: Budget) -> None:
     """Refuse a size below the smallest file.
 
@@ -297,12 +322,3 @@ def _number(value: Any) -> float | None:
 def by_size(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Return candidates by rising size, of equal sizes the better first."""
     return tuple(sorted(candidates, key=lambda one: (one.size_bytes, one.loss)))
-
-
-def pareto(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Return the candidates that no other one beats in bytes and in loss, by rising size."""
-    kept: list[Candidate] = []
-    for one in by_size(candidates):
-        if not kept or one.loss < kept[-1].loss:
-            kept.append(one)
-    return tuple(kept)

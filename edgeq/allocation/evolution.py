@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeq.allocation.costs import Allocation, Budget, Choice, Costs, Problem, pareto
+from edgeq.allocation.costs import Allocation, Budget, Choice, Costs, Problem, size_alone
 from edgeq.allocation.knapsack import Knapsack, fitted
 from edgeq.errors import RecipeError
 
@@ -48,19 +48,19 @@ class Evolution:
             raise RecipeError(
                 "--allocator evolution: there is no text to measure on. Give --text, or knapsack."
             )
-        if budget.size_bytes is None or budget.seconds is not None:
-            raise RecipeError("--allocator evolution: knows sizes only. Give --size or --bpw.")
+        size_bytes = size_alone("evolution", problem.costs, budget)
         if self.start not in ("knapsack", "uniform"):
             raise RecipeError(f"--allocator evolution: start={self.start}; knapsack or uniform.")
         started = time.perf_counter()
-        parent = self._first(problem, budget.size_bytes)
+        parent = self._first(problem, size_bytes)
         counted = _Counted(problem.measure)
         before = kld = counted(parent, None)
         rng = np.random.default_rng(problem.seed)
-        ladders = [_ladder(problem.costs, i) for i in range(len(problem.costs.tensors))]
+        ladders = [tensor.ladder for tensor in problem.costs.tensors]
         for _ in range(self.generations):
             brood = {
-                self._child(problem, ladders, parent, budget, rng) for _ in range(self.offspring)
+                self._child(problem, ladders, parent, size_bytes, rng)
+                for _ in range(self.offspring)
             }
             best = _selected(sorted(brood - {parent}), counted)
             if best is not None and (found := counted(best, None)) < kld:
@@ -86,7 +86,7 @@ class Evolution:
         problem: Problem,
         ladders: list[list[int]],
         parent: Choice,
-        budget: Budget,
+        size_bytes: int,
         rng: np.random.Generator,
     ) -> Choice:
         """Move a few tensors a step up or down, and fit the others to the bytes."""
@@ -103,7 +103,7 @@ class Evolution:
         )
         start = tuple(0 if i in moved else index for i, index in enumerate(child))
         try:
-            found = fitted(replace(costs, tensors=tensors), start, budget.size_bytes or 0)
+            found = fitted(replace(costs, tensors=tensors), start, size_bytes)
         except RecipeError:  # the moved ones alone are too large
             return parent
         return tuple(child[i] if i in moved else index for i, index in enumerate(found))
@@ -122,7 +122,7 @@ class _Counted:
 
 
 def _selected(brood: list[Choice], measure: Callable[[Choice, int | None], float]) -> Choice | None:
-    """Return the best: half of them survive one chunk of text, of those half survive two."""
+    """Return the best: a third of them survives one chunk of text, of those a third two."""
     for n_chunks in (1, 2):
         if len(brood) > 1:
             ranked = sorted(brood, key=lambda one: measure(one, n_chunks))
@@ -143,8 +143,3 @@ def uniform(costs: Costs, size_bytes: int) -> Choice:
         ]
         choice.append(min(fits, key=lambda i: tensor.candidates[i].loss) if fits else 0)
     return fitted(costs, tuple(choice), size_bytes)
-
-
-def _ladder(costs: Costs, tensor: int) -> list[int]:
-    candidates = costs.tensors[tensor].candidates
-    return [candidates.index(one) for one in pareto(candidates)]

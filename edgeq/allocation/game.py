@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.allocation.costs import Choice, Costs, pareto
+from edgeq.allocation.costs import Choice, Costs
 from edgeq.allocation.features import Doubles
 from edgeq.allocation.knapsack import pareto_curve
 
@@ -60,10 +60,7 @@ class Game:
         self.weights = np.array([tensor.n_weights for tensor in costs.tensors], np.float64)
         self.budget = float(size_bytes - costs.fixed_bytes)
         self.mean_bits = 8 * self.budget / self.weights.sum()
-        self.ladders = [
-            [tensor.candidates.index(one) for one in pareto(tensor.candidates)]
-            for tensor in costs.tensors
-        ]
+        self.ladders = [tensor.ladder for tensor in costs.tensors]
         self.price = _price(costs, size_bytes)
         self.left_after = self.weights[::-1].cumsum()[::-1]
 

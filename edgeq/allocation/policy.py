@@ -1,5 +1,6 @@
 """A trained policy as a file: a small network from eleven features to a bit offset, in numpy."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,17 +59,38 @@ def read_policy(path: Path) -> Policy:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["edgeq.policy"])
+            about = dict(json.loads((file.metadata() or {})["edgeq.policy"]))
             arrays = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RecipeError(
-            f"{path}: no readable policy ({error!r}). Train one with --allocator ramp:save=FILE."
-        ) from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
     if about.get("schema") != SCHEMA or about.get("features") != list(NAMES):
         raise RecipeError(
             f"{path}: a policy of schema {about.get('schema')!r} on {about.get('features')!r:.60}, "
             f"expected schema {SCHEMA} on {len(NAMES)} features, {', '.join(NAMES):.60}... "
             "Train it again with this version."
         )
-    layers = tuple((arrays[f"{n}.weight"], arrays[f"{n}.bias"]) for n in range(len(arrays) // 2))
-    return Policy(layers, str(about.get("trained on", "")))
+    try:
+        return Policy(_layers(arrays), str(about.get("trained on", "")))
+    except (KeyError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"{path}: no readable policy ({error!r}). Train one with --allocator ramp:save=FILE."
+    )
+
+
+def _layers(arrays: dict[str, FloatArray]) -> tuple[tuple[FloatArray, FloatArray], ...]:
+    """Return the layers in order; a KeyError or ValueError says why they are no network."""
+    layers = tuple(
+        (arrays[f"{n}.weight"], arrays[f"{n}.bias"]) for n in range(-(-len(arrays) // 2))
+    )
+    widths = [len(NAMES), *(bias.size for _, bias in layers)]
+    expected = [((out, into), (out,)) for into, out in itertools.pairwise(widths)]
+    found = [(weight.shape, bias.shape) for weight, bias in layers]
+    if found != expected or widths[-1] != 1:
+        raise ValueError(f"layers of {found}, expected {len(NAMES)} numbers in and 1 out")
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise ValueError("a weight is not finite")
+    return layers

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf.constants import GGMLQuantizationType
-
 from converters.gguf_file import GgufFile, tensor_bytes
-from edgeq.allocation.costs import Allocation, Budget, Costs, Problem, check_feasible
+from edgeq.allocation.costs import Allocation, Budget, Choice, Costs, Problem, size_alone
 from edgeq.allocation.plan import Plan, PlanEntry
 from edgeq.errors import RecipeError
 from edgeq.runtime.presets import MixOptions, choose_types, find_preset
@@ -78,32 +76,27 @@ class LargestPreset:
         RecipeError
             The budget is a loss or a time, or no mix fits.
         """
-        if budget.size_bytes is None or budget.seconds is not None:
+        costs, size_bytes = problem.costs, size_alone("preset", problem.costs, budget)
+        mixes = known_mixes(problem.file, costs, has_imatrix=problem.importances is not None)
+        best = largest_mix(mixes, costs, size_bytes)
+        if best is None:
+            name = min(mixes, key=lambda one: costs.size_bytes(mixes[one]), default=None)
+            least = f"; the smallest is {name}, {costs.size_bytes(mixes[name]):,}" if name else ""
             raise RecipeError(
-                "--allocator preset: knows sizes only. Give --size or --bpw, or another allocator."
+                f"--allocator preset: no mix of llama.cpp of these types has {size_bytes:,} bytes "
+                f"or less{least}. Allow as many, or let knapsack choose."
             )
-        check_feasible(problem.costs, budget)
-        has_imatrix = problem.importances is not None
-        mixes = known_mixes(problem.file, problem.costs, has_imatrix=has_imatrix)
-        sizes = {
-            name: problem.costs.size_bytes(problem.costs.choice(types))
-            for name, types in mixes.items()
-        }
-        fitting = {name: size for name, size in sizes.items() if size <= budget.size_bytes}
-        if not fitting:
-            name = min(sizes, key=lambda one: sizes[one])
-            raise RecipeError(
-                f"--allocator preset: no mix of llama.cpp has {budget.size_bytes:,} bytes or less; "
-                f"the smallest is {name} with {sizes[name]:,}. Allow as many, or let knapsack "
-                "choose."
-            )
-        best = max(fitting, key=lambda one: fitting[one])
-        return Allocation(problem.costs.choice(mixes[best]), notes=(f"llama.cpp's {best}.",))
+        return Allocation(mixes[best], notes=(f"llama.cpp's {best}.",))
 
 
-def known_mixes(
-    file: GgufFile, costs: Costs, *, has_imatrix: bool
-) -> Mapping[str, Mapping[str, GGMLQuantizationType]]:
+def largest_mix(mixes: Mapping[str, Choice], costs: Costs, size_bytes: int) -> str | None:
+    """Return the name of the mix of most bytes among those that fit; None: none fits."""
+    sizes = {name: costs.size_bytes(choice) for name, choice in mixes.items()}
+    fitting = [name for name, size in sizes.items() if size <= size_bytes]
+    return max(fitting, key=lambda name: sizes[name], default=None)
+
+
+def known_mixes(file: GgufFile, costs: Costs, *, has_imatrix: bool) -> dict[str, Choice]:
     """Return llama.cpp's common mixes that use nothing but the candidates of `costs`.
 
     Its own choice of a type for lack of importances or for the row size is followed.
@@ -113,5 +106,5 @@ def known_mixes(
     for name in COMMON:
         types = {e.name: e.qtype for e in allocate(file, name, has_imatrix=has_imatrix).entries}
         if all(types[tensor] in candidates for tensor, candidates in known.items()):
-            found[name] = types
+            found[name] = costs.choice(types)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.allocation.costs import Allocation, Budget, Choice, Problem, check_feasible
+from edgeq.allocation.costs import Allocation, Budget, Choice, Problem, size_alone
 from edgeq.allocation.evolution import uniform
 from edgeq.allocation.features import features
 from edgeq.allocation.game import Game, Reward
@@ -63,18 +63,16 @@ class Ramp:
             The budget is no size or below the smallest file, the policy is none for this version,
             or stable-baselines3 is not installed.
         """
-        if budget.size_bytes is None or budget.seconds is not None:
-            raise RecipeError("--allocator ramp: knows sizes only. Give --size or --bpw.")
-        check_feasible(problem.costs, budget)
+        size_bytes = size_alone("ramp", problem.costs, budget)
         if self.policy:
             policy = read_policy(Path(self.policy))
-            game = Game(problem.costs, budget.size_bytes, features(problem))
-            choice = fitted(problem.costs, game.play(policy), budget.size_bytes)
+            game = Game(problem.costs, size_bytes, features(problem))
+            choice = fitted(problem.costs, game.play(policy), size_bytes)
             note = (
                 f"Types by the policy {self.policy}, trained on {policy.about}; nothing was tried."
             )
             return Allocation(choice, {"zero_shot": 1.0}, (note,))
-        return _Training(self, problem, budget.size_bytes).run()
+        return _Training(self, problem, size_bytes).run()
 
 
 class _Training:
@@ -108,7 +106,6 @@ class _Training:
         choice, facts = self._best(best_known, final)
         facts |= {
             "episodes": float(self.n_episodes),
-            "evaluations": float(len(self.measured)),
             "seconds": time.perf_counter() - started,
         }
         return Allocation(choice, facts)
@@ -208,12 +205,17 @@ class _Training:
         cheapest = sorted(self.seen, key=lambda one: self.seen[one])
         measure = self.problem.measure
         if measure is None or not self.settings.measurements:
-            return cheapest[0], {"loss": self.seen[cheapest[0]]}
+            return cheapest[0], {"loss": self.seen[cheapest[0]], "evaluations": 0.0}
         ranked = sorted(self.measured, key=lambda one: self.measured[one])
         finalists = dict.fromkeys([known, final, *ranked[:_FINALISTS], *cheapest[:_FINALISTS]])
         klds = {choice: measure(choice, None)[0] for choice in finalists}
         best = min(klds, key=lambda one: klds[one])
-        return best, {"kld_start": klds[known], "kld": klds[best], "kld_policy": klds[final]}
+        return best, {
+            "kld_start": klds[known],
+            "kld": klds[best],
+            "kld_policy": klds[final],
+            "evaluations": float(len(self.measured) + len(klds)),  # a choice measured again is free
+        }
 
 
 def _policy_of(model: Any, about: str) -> Policy:

@@ -14,10 +14,10 @@ All little-endian. What a row holds and what follows for the divergence: ``cpu_k
 import json
 import struct
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +130,7 @@ def is_compact_file(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-class CompactReference:
+class CompactReference(AbstractContextManager["CompactReference", None]):
     """A compact reference file, opened.
 
     Raises
@@ -271,13 +271,5 @@ class CompactReference:
         delta_p = (np.exp(-nll) - np.exp(-nll_reference)).astype(np.float32)
         return RowStatistics(nll, nll_reference, kld, delta_p, top, packed.top), bound
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._file.close()

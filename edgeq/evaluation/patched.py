@@ -1,9 +1,8 @@
 """The divergence of a model with some weights replaced in memory: no file per candidate."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import chunks as chunking
@@ -14,7 +13,7 @@ from edgeq.evaluation.statistics import Estimate, mean
 from edgeq.runtime.patching import FloatArray, PatchableModel
 
 
-class PatchedModel:
+class PatchedModel(AbstractContextManager["PatchedModel", None]):
     """A float model in llama.cpp's memory, some of whose weights are another's. A context manager.
 
     What is measured lacks one thing that a file has: llama.cpp rounds the inputs of quantized
@@ -73,17 +72,9 @@ class PatchedModel:
         return mean(found["kld"]), mean(found["nll"] - found["nll_reference"])
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model and the base."""
         self._model.close()
+        self._reference.__exit__()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-        self._reference.__exit__(kind, error, trace)

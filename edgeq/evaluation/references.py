@@ -1,7 +1,7 @@
 """What a file can be compared with: a model that runs beside it, or stored log-probabilities."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -49,12 +49,7 @@ class Reference(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
 
 
 def refuse_vocabulary(path: Path, n_vocab: int, model: Model) -> EvaluationError:
@@ -65,7 +60,7 @@ def refuse_vocabulary(path: Path, n_vocab: int, model: Model) -> EvaluationError
     )
 
 
-class ModelReference:
+class ModelReference(AbstractContextManager["ModelReference", None]):
     """A GGUF file that runs in the same pass: exact, and any text will do."""
 
     kind = "model"
@@ -103,20 +98,12 @@ class ModelReference:
             raise EvaluationError(f"{self.path}: prepare() was not called")
         return kernels.divergence(self._logits[segment.rows], logits, next_tokens), 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._model is not None:
             self._model.close()
 
 
-class BaseReference:
+class BaseReference(AbstractContextManager["BaseReference", None]):
     """A base file of llama-perplexity."""
 
     kind = "base"
@@ -146,13 +133,5 @@ class BaseReference:
         rows = self._file.rows[segment.chunk, first : first + len(logits)]
         return kernels.divergence_stored(np.asarray(rows), logits, next_tokens), 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         del self._file
