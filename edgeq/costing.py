@@ -56,8 +56,8 @@ _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well
 def choose_estimator(measurer: Measurer) -> str:
     """Return the best estimator that a model's size and what is installed allow.
 
-    Swaps are measured up to about half an hour of two cores. Beyond it squared gradients need
-    torch, relative errors nothing.
+    Swaps are measured up to about half an hour of two cores. Beyond it relative errors, as good
+    as squared gradients, need no torch.
     """
     ground = measurer.ground
     if ground.calibration is None or ground.tuning is None:

@@ -139,15 +139,26 @@ def test_a_warm_start_is_never_worse_than_the_knapsack(problem, budget, trained)
     start = Knapsack().allocate(problem, budget).choice
     assert kld(problem, found.choice) <= kld(problem, start)
     assert found.facts["kld_start"] == kld(problem, start)
+    assert found.facts["kld_best"] == kld(problem, found.choice)
 
 
-def test_training_from_nothing_beats_the_same_bits_everywhere(problem, budget):
+def test_what_is_learned_from_nothing_beats_the_same_bits_everywhere(problem, budget, tmp_path):
+    """The policy's own choice, which no repair has looked at; untrained it is worse."""
     pytest.importorskip("stable_baselines3")
-    found = Ramp(episodes=60, measurements=6, warm=False).allocate(problem, budget)
-    assert problem.costs.size_bytes(found.choice) <= budget.size_bytes
-    same = uniform(problem.costs, budget.size_bytes)
-    assert kld(problem, found.choice) < kld(problem, same)
-    assert found.facts["episodes"] >= 60
+    game = Game(problem.costs, budget.size_bytes, features(problem))
+    same = kld(problem, uniform(problem.costs, budget.size_bytes))
+    reached = {}
+    for episodes in (0, 100):
+        path = tmp_path / f"{episodes}.safetensors"
+        found = Ramp(episodes, measurements=6, warm=False, save=str(path)).allocate(problem, budget)
+        assert problem.costs.size_bytes(found.choice) <= budget.size_bytes
+        assert found.facts["episodes"] == episodes
+        own = game.within(read_policy(path))
+        assert problem.costs.size_bytes(own) <= budget.size_bytes
+        reached[episodes] = kld(problem, own)
+        assert reached[episodes] == found.facts["kld_policy"]
+    assert reached[100] < 0.9 * same
+    assert reached[100] < 0.9 * reached[0]
 
 
 def test_every_measurement_is_counted(problem, budget):
@@ -212,9 +223,9 @@ def test_a_policy_survives_its_file(tmp_path):
 
 def test_a_policy_on_other_features_is_refused(tmp_path):
     path = tmp_path / "policy.safetensors"
-    about = {"schema": 1, "features": ["depth"], "trained on": "x"}
+    about = {"schema": 2, "features": ["depth"], "trained on": "x"}
     save_file({"0.bias": np.zeros(1, np.float32)}, path, {"edgeq.policy": json.dumps(about)})
-    with pytest.raises(RecipeError, match=r"on \['depth'\], expected schema 1 on 11 features"):
+    with pytest.raises(RecipeError, match=r"on \['depth'\], expected schema 2 on 11 features"):
         read_policy(path)
 
 
@@ -241,7 +252,7 @@ def test_a_damaged_network_is_refused(tmp_path, changed, message):
     shapes = {"0.weight": (8, 11), "0.bias": (8,), "1.weight": (1, 8), "1.bias": (1,)}
     arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()} | changed
     path = tmp_path / "policy.safetensors"
-    about = {"schema": 1, "features": NAMES, "trained on": "x"}
+    about = {"schema": 2, "features": NAMES, "trained on": "x"}
     kept = {key: value for key, value in arrays.items() if value is not None}
     save_file(kept, path, {"edgeq.policy": json.dumps(about)})
     with pytest.raises(RecipeError, match=message):

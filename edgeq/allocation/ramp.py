@@ -6,6 +6,7 @@ a model on which nothing is measured. What it cannot: be better than the knapsac
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from edgeq.allocation.knapsack import Knapsack, fitted
 from edgeq.allocation.policy import Policy, read_policy
 from edgeq.errors import RecipeError
 
-_FINALISTS = 3  # measured on all of the text at the end
+_FINALISTS = 3  # of each kind; measured on all of the text at the end
 _NET = [64, 64]
 _UPDATE_EVERY = 16  # steps
 _UPDATES = 4
 _CLONING_STEPS = 500
+_LOOKS = 10  # at the policy during training
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Ramp:
         if self.policy:
             policy = read_policy(Path(self.policy))
             game = Game(problem.costs, size_bytes, features(problem))
-            choice = fitted(problem.costs, game.play(policy), size_bytes)
+            choice = fitted(problem.costs, game.within(policy), size_bytes)
             note = (
                 f"Types by the policy {self.policy}, trained on {policy.about}; nothing was tried."
             )
@@ -83,8 +85,10 @@ class _Training:
         self.problem = problem
         self.costs = problem.costs
         self.size_bytes = size_bytes
-        self.seen: dict[Choice, float] = {}
-        self.measured: dict[Choice, float] = {}
+        self.seen: set[Choice] = set()
+        self.measured: dict[Choice, float] = {}  # on a part of the text
+        self.judged: dict[Choice, float] = {}  # on all of it
+        self.judge = "kld" if problem.measure and settings.measurements else "loss"
         self.n_episodes = 0
         self.game = Game(self.costs, size_bytes, features(problem))
         self.start = uniform(self.costs, size_bytes)
@@ -92,25 +96,31 @@ class _Training:
     def run(self) -> Allocation:
         """Train, and return the best of what was seen."""
         started = time.perf_counter()
-        best_known = self.start
+        known = self.start
         if self.settings.warm:
-            best_known = (
-                Knapsack().allocate(self.problem, Budget(size_bytes=self.size_bytes)).choice
-            )
-        self._judge_cheaply(best_known)
-        policy = self._train(best_known if self.settings.warm else None)
-        final = fitted(self.costs, self.game.play(policy), self.size_bytes)
-        self._judge_cheaply(final)
+            known = Knapsack().allocate(self.problem, Budget(size_bytes=self.size_bytes)).choice
+        policies = {self.game.within(one): one for one in self._train(known)}
+        cheapest = sorted(policies, key=self.costs.loss)[:_FINALISTS]
+        own = min(cheapest, key=self._judge)
         if self.settings.save:
-            policy.write(Path(self.settings.save))
-        choice, facts = self._best(best_known, final)
-        facts |= {
-            "episodes": float(self.n_episodes),
-            "seconds": time.perf_counter() - started,
-        }
-        return Allocation(choice, facts)
+            policies[own].write(Path(self.settings.save))
+        self.seen |= {known, own, fitted(self.costs, own, self.size_bytes)}
+        finalists = [known, *sorted(self.seen, key=self.costs.loss)[:_FINALISTS]]
+        finalists += sorted(self.measured, key=lambda one: self.measured[one])[:_FINALISTS]
+        best = min(dict.fromkeys(finalists), key=self._judge)
+        judged = {"start": known, "policy": own, "best": best}
+        return Allocation(
+            best,
+            {
+                **{f"{self.judge}_{name}": self._judge(one) for name, one in judged.items()},
+                "evaluations": float(len(self.measured) + len(self.judged)),
+                "episodes": float(self.n_episodes),
+                "seconds": time.perf_counter() - started,
+            },
+        )
 
-    def _train(self, warm: Choice | None) -> Policy:
+    def _train(self, known: Choice) -> Iterator[Policy]:
+        """Yield the actor before training, when it imitates a warm start, and during it."""
         try:
             import torch
             from stable_baselines3 import SAC
@@ -131,7 +141,7 @@ class _Training:
                 env,
                 learning_rate=1e-3,
                 buffer_size=100_000,
-                learning_starts=0 if warm else 5 * len(self.costs.tensors),
+                learning_starts=0 if self.settings.warm else 5 * len(self.costs.tensors),
                 batch_size=256,
                 gamma=0.9,
                 train_freq=_UPDATE_EVERY,
@@ -141,10 +151,14 @@ class _Training:
                 seed=self.problem.seed,
                 device="cpu",
             )
-            if warm is not None:
-                self._imitate(model, env, warm)
-            model.learn(self.settings.episodes * len(self.costs.tensors))
-            return _policy_of(model, f"{self.problem.file.path.name}, {self.n_episodes} episodes")
+            about = f"{self.problem.file.path.name}, {{}} episodes"
+            if self.settings.warm:
+                self._imitate(model, env, known)
+            yield _policy_of(model, about.format(0))
+            for part in np.array_split(np.arange(self.settings.episodes), _LOOKS):
+                if len(part):
+                    model.learn(len(part) * len(self.costs.tensors), reset_num_timesteps=False)
+                    yield _policy_of(model, about.format(self.n_episodes))
         finally:
             torch.set_num_threads(n_threads)
 
@@ -183,7 +197,7 @@ class _Training:
         """Remember an episode's choice; return ln of its measured over its predicted quality."""
         self.n_episodes += 1
         fit = fitted(self.costs, choice, self.size_bytes)
-        self._judge_cheaply(fit)
+        self.seen.add(fit)
         measure, settings = self.problem.measure, self.settings
         half = settings.episodes // 2
         every = max(1, (settings.episodes - half) // max(1, settings.measurements))
@@ -198,24 +212,13 @@ class _Training:
         reached = kld / max(self.measured[self.start], 1e-30)
         return math.log(max(reached, 1e-6) / max(predicted, 1e-6))
 
-    def _judge_cheaply(self, choice: Choice) -> None:
-        self.seen[choice] = self.costs.loss(choice)
-
-    def _best(self, known: Choice, final: Choice) -> tuple[Choice, dict[str, float]]:
-        cheapest = sorted(self.seen, key=lambda one: self.seen[one])
-        measure = self.problem.measure
-        if measure is None or not self.settings.measurements:
-            return cheapest[0], {"loss": self.seen[cheapest[0]], "evaluations": 0.0}
-        ranked = sorted(self.measured, key=lambda one: self.measured[one])
-        finalists = dict.fromkeys([known, final, *ranked[:_FINALISTS], *cheapest[:_FINALISTS]])
-        klds = {choice: measure(choice, None)[0] for choice in finalists}
-        best = min(klds, key=lambda one: klds[one])
-        return best, {
-            "kld_start": klds[known],
-            "kld": klds[best],
-            "kld_policy": klds[final],
-            "evaluations": float(len(self.measured) + len(klds)),  # a choice measured again is free
-        }
+    def _judge(self, choice: Choice) -> float:
+        """Return the measured divergence, or the sum of losses where nothing is measured."""
+        if self.judge == "loss" or self.problem.measure is None:
+            return self.costs.loss(choice)
+        if choice not in self.judged:
+            self.judged[choice] = self.problem.measure(choice, None)[0]
+        return self.judged[choice]
 
 
 def _policy_of(model: Any, about: str) -> Policy:

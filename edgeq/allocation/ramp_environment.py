@@ -13,13 +13,13 @@ from edgeq.allocation.game import LIMIT, FloatArray, Game, Reward
 class AllocationEnv(gymnasium.Env[FloatArray, FloatArray]):
     """The game as a gymnasium environment; an episode decides on every tensor once.
 
-    Each step pays for the tensor's own loss and, at the curve's price, its bytes above the mean, so
-    that credit need not travel over hundreds of decisions. The end pays for the budget, and for
-    what was measured beyond the sum of losses.
+    Each step pays for the tensor's own loss and, at the curve's price, its bytes, so that credit
+    need not travel over hundreds of decisions. The end pays for the budget, and for what was
+    measured beyond the sum of losses.
 
     Parameters
     ----------
-    unit : loss that counts as 1
+    unit : regret that counts as 1
     finish : called with the choice at the end; returns ln of the measured over the predicted
         quality, 0 where nothing is measured
     """
@@ -51,8 +51,7 @@ class AllocationEnv(gymnasium.Env[FloatArray, FloatArray]):
         one = game.costs.tensors[number].candidates[index]
         self._choice.append(index)
         self._spent += one.size_bytes
-        more = one.size_bytes - game.mean_bits * game.weights[number] / 8
-        paid = -self._reward.quality * (one.loss + game.price * more) / self._unit
+        paid = self._reward.of_tensor(game.regret(number, index) / self._unit)
         is_last = len(self._choice) == len(game.costs.tensors)
         if is_last:
             paid += self._reward.of_bytes(self._spent / game.budget)
