@@ -223,9 +223,9 @@ def test_a_policy_survives_its_file(tmp_path):
 
 def test_a_policy_on_other_features_is_refused(tmp_path):
     path = tmp_path / "policy.safetensors"
-    about = {"schema": 2, "features": ["depth"], "trained on": "x"}
+    about = {"schema": 1, "features": ["depth"], "trained on": "x"}
     save_file({"0.bias": np.zeros(1, np.float32)}, path, {"edgeq.policy": json.dumps(about)})
-    with pytest.raises(RecipeError, match=r"on \['depth'\], expected schema 2 on 11 features"):
+    with pytest.raises(RecipeError, match=r"on \['depth'\], expected schema 1 on 11 features"):
         read_policy(path)
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_network_is_refused(tmp_path, changed, message):
     shapes = {"0.weight": (8, 11), "0.bias": (8,), "1.weight": (1, 8), "1.bias": (1,)}
     arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()} | changed
     path = tmp_path / "policy.safetensors"
-    about = {"schema": 2, "features": NAMES, "trained on": "x"}
+    about = {"schema": 1, "features": NAMES, "trained on": "x"}
     kept = {key: value for key, value in arrays.items() if value is not None}
     save_file(kept, path, {"edgeq.policy": json.dumps(about)})
     with pytest.raises(RecipeError, match=message):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.allocation.costs import Problem
+from edgeq.allocation.costs import Problem, TensorCosts
 
 Doubles = npt.NDArray[np.float64]
 NAMES = (
@@ -18,15 +18,14 @@ NAMES = (
     "input energy",  # ln of their mean
     "weight kurtosis",  # ln E[w^4] / E[w^2]^2
     "weight spread",  # ln of the root mean square over the mean absolute weight
-    "rounding error",  # ln of the squared error of 4-bit rounding over the squares, both weighted
-    "writes the residual",  # 1: its output is added to the hidden state
+    "loss at 4.5 bits",  # ln of the loss a weight, from the costs
+    "loss a bit",  # how fast its ln falls with the bits, between the smallest and largest type
     "depth",  # place in the graph, 0 to 1
     "shape",  # ln of n_out over n_in
     "share",  # ln of the share of the weights
     "budget left",  # ln of the bits left a weight left over the budget's mean
 )
-_BLOCK = 32
-_RESIDUAL = ("attn_output", "ffn_down")
+_PROBE_BPW = 4.5
 _ROWS = 256
 _TINY = 1e-30
 
@@ -40,7 +39,7 @@ def features(problem: Problem) -> Doubles:
         [
             *_of_inputs(problem, tensor.name),
             *_of_weights(problem, tensor.name),
-            float(any(part in tensor.name for part in _RESIDUAL)),
+            *_of_losses(tensor),
             number / last,
             math.log(tensor.shape[-2] / tensor.shape[-1]),
             math.log(tensor.n_weights / total),
@@ -73,13 +72,16 @@ def _of_weights(problem: Problem, name: str) -> list[float]:
     chosen = np.unique(np.linspace(0, len(rows) - 1, _ROWS).astype(np.intp))
     some = rows[chosen].astype(np.float64)
     squares = np.square(some)
-    inputs = (problem.importances or {}).get(name)
-    energy = np.ones(some.shape[1]) if inputs is None else np.asarray(inputs, np.float64).mean(0)
-    blocks = some.reshape(len(some), -1, math.gcd(_BLOCK, some.shape[1]))
-    scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), math.sqrt(_TINY)) / 7
-    wrong = np.square(np.rint(blocks / scale) * scale - blocks).reshape(some.shape)
-    error = max(float((wrong @ energy).sum()), _TINY) / max(float((squares @ energy).sum()), _TINY)
     mean = max(float(squares.mean()), _TINY)
     absolute = max(float(np.abs(some).mean()), math.sqrt(_TINY))
     kurtosis = float(np.square(squares).mean()) / mean**2
-    return [math.log(max(kurtosis, 1)), math.log(math.sqrt(mean) / absolute), math.log(error)]
+    return [math.log(max(kurtosis, 1)), math.log(math.sqrt(mean) / absolute)]
+
+
+def _of_losses(tensor: TensorCosts) -> list[float]:
+    n = tensor.n_weights
+    bits = [8 * one.size_bytes / n for one in tensor.candidates]
+    logs = [math.log(max(one.loss / n, _TINY)) for one in tensor.candidates]
+    probe = min(range(len(bits)), key=lambda i: abs(bits[i] - _PROBE_BPW))
+    slope = (logs[0] - logs[-1]) / (bits[-1] - bits[0]) if bits[-1] > bits[0] else 0.0
+    return [logs[probe], slope]

@@ -15,7 +15,7 @@ from edgeq.errors import RecipeError
 from edgeq.workdir import replacing
 
 FloatArray = npt.NDArray[np.float32]
-SCHEMA = 2
+SCHEMA = 1
 
 
 @dataclass(frozen=True, eq=False)
