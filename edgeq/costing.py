@@ -16,13 +16,16 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from converters.gguf_file import tensor_bytes
 from cpu_kernels.block_formats import FORMATS
 from edgeq.allocation.costs import (
+    Budget,
     Candidate,
     Costs,
+    Problem,
     TensorCosts,
     by_size,
     read_costs,
     write_costs,
 )
+from edgeq.allocation.knapsack import Knapsack
 from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import LayerwiseMoments
 from edgeq.errors import RecipeError
@@ -179,7 +182,7 @@ class _Costing:
         texts = [text for text in (self.ground.calibration, self.ground.tuning) if text is not None]
         header = min(info.offset for info in self.file.tensors.values()) + _HEADER_RESERVE
         header += 8 * sum(len(text.sketch) for text in texts)
-        return Costs(
+        costs = Costs(
             self.ground.reference.sha256,
             self.estimator,
             self.ground.quantizer,
@@ -187,6 +190,7 @@ class _Costing:
             sum(math.prod(info.shape) for info in others),
             tuple(TensorCosts(name, self.file.tensors[name].shape, found[name]) for name in names),
         )
+        return self._joined(costs) if self.estimator == "measured" else costs
 
     def _moments(self) -> Iterator[tuple[str, FloatArray | None, float]]:
         """Yield every tensor's second moments, (n_mat, n_in, n_in), and the scale of its loss."""
@@ -285,6 +289,29 @@ class _Costing:
                 )
                 progress(done, len(tensors))
         return found
+
+    def _joined(self, costs: Costs) -> Costs:
+        """Scale all losses alike, so that their sum is the measured loss of one whole choice.
+
+        Swaps do not quite add up. That changes no choice, only what is said about it.
+        """
+        least, most = (costs.size_bytes(choice) for choice in (costs.smallest, costs.largest))
+        middle = Budget(size_bytes=math.isqrt(least * most))
+        choice = Knapsack().allocate(Problem(costs, self.file), middle).choice
+        loss, joint = costs.loss(choice), self.measurer.joint(costs.types(choice)).kld
+        if loss == 0 or joint == 0:
+            return costs
+        scale = joint / loss
+        return replace(
+            costs, tensors=tuple(replace(t, candidates=_scaled(t, scale)) for t in costs.tensors)
+        )
+
+
+def _scaled(tensor: TensorCosts, scale: float) -> tuple[Candidate, ...]:
+    return tuple(
+        replace(one, loss=scale * one.loss, loss_error=scale * one.loss_error)
+        for one in tensor.candidates
+    )
 
 
 def _padded(n_bytes: int) -> int:

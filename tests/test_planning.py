@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,9 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import open_gguf
 from edgeq import costing, pipeline
-from edgeq.allocation import read_plan
+from edgeq.allocation import Budget, Problem, read_plan
 from edgeq.allocation.costs import read_costs, write_costs
+from edgeq.allocation.knapsack import Knapsack
 from edgeq.console import Steps
 from edgeq.costing import TYPES, make_costs, parse_types
 from edgeq.errors import RecipeError, RuntimeLibraryError
@@ -147,13 +149,18 @@ def test_relative_costs_are_shares_of_the_outputs(measurer):
         assert ratio == pytest.approx(n_branches / energy, rel=0.2)  # 128 of the output's rows
 
 
-def test_measured_costs_are_the_swap_at_the_probed_type(measurer):
+def test_measured_costs_are_swaps_that_sum_to_a_measured_choice(measurer):
     costs = make_costs(measurer, "measured")
-    tensor = next(t for t in costs.tensors if t.name == NAME)
-    probe = costing._probe(tensor.candidates, tensor.n_weights)
-    swap = measurer.joint({NAME: probe.qtype}, costing.SWAP_CHUNKS)
-    assert probe.loss == pytest.approx(swap.kld)
-    assert probe.loss_error == pytest.approx(swap.kld_error)
+    scales = []
+    for tensor in costs.tensors[:4]:
+        probe = costing._probe(tensor.candidates, tensor.n_weights)
+        swap = measurer.joint({tensor.name: probe.qtype}, costing.SWAP_CHUNKS)
+        scales.append(probe.loss / swap.kld)
+    assert scales == pytest.approx([scales[0]] * 4)
+    sizes = [costs.size_bytes(choice) for choice in (costs.smallest, costs.largest)]
+    middle = Budget(size_bytes=math.isqrt(sizes[0] * sizes[1]))
+    choice = Knapsack().allocate(Problem(costs, measurer.file), middle).choice
+    assert costs.loss(choice) == pytest.approx(measurer.joint(costs.types(choice)).kld)
 
 
 def test_costs_survive_their_file(measurer, tmp_path):
