@@ -53,6 +53,7 @@ _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on 
 _FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
 _MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
 SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
+_JOINT_SIZES = (0.15, 0.5, 0.85)  # of the way from the smallest to the largest, in ratios
 _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
 
 
@@ -291,27 +292,17 @@ class _Costing:
         return found
 
     def _joined(self, costs: Costs) -> Costs:
-        """Scale all losses alike, so that their sum is the measured loss of one whole choice.
-
-        Swaps do not quite add up. That changes no choice, only what is said about it.
-        """
+        """Add what whole choices of some sizes do: swaps do not quite add up."""
         least, most = (costs.size_bytes(choice) for choice in (costs.smallest, costs.largest))
-        middle = Budget(size_bytes=math.isqrt(least * most))
-        choice = Knapsack().allocate(Problem(costs, self.file), middle).choice
-        loss, joint = costs.loss(choice), self.measurer.joint(costs.types(choice)).kld
-        if loss == 0 or joint == 0:
-            return costs
-        scale = joint / loss
-        return replace(
-            costs, tensors=tuple(replace(t, candidates=_scaled(t, scale)) for t in costs.tensors)
-        )
-
-
-def _scaled(tensor: TensorCosts, scale: float) -> tuple[Candidate, ...]:
-    return tuple(
-        replace(one, loss=scale * one.loss, loss_error=scale * one.loss_error)
-        for one in tensor.candidates
-    )
+        joint = {}
+        with self.measurer.steps.step("swaps"):
+            for share in _JOINT_SIZES:
+                budget = Budget(size_bytes=int(least * (most / least) ** share))
+                choice = Knapsack().allocate(Problem(costs, self.file), budget).choice
+                kld = self.measurer.joint(costs.types(choice)).kld
+                if costs.loss(choice) > 0 and kld > 0:
+                    joint[costs.loss(choice)] = kld
+        return replace(costs, joint=tuple(sorted(joint.items())))
 
 
 def _padded(n_bytes: int) -> int:

@@ -151,7 +151,7 @@ class Planner:
 
     def _planned(self, found: Allocation) -> Planned:
         costs, file = self.costs, self.measurer.file
-        size, loss = costs.size_bytes(found.choice), costs.loss(found.choice)
+        size, loss = costs.size_bytes(found.choice), costs.predicted(found.choice)
         reasons = {
             tensor.name: f"{self.allocator_name}: {costs.estimator} loss {one.loss:.3g}"
             for tensor, one in zip(costs.tensors, costs.chosen(found.choice), strict=True)

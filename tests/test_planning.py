@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,18 +148,28 @@ def test_relative_costs_are_shares_of_the_outputs(measurer):
         assert ratio == pytest.approx(n_branches / energy, rel=0.2)  # 128 of the output's rows
 
 
-def test_measured_costs_are_swaps_that_sum_to_a_measured_choice(measurer):
+def test_measured_costs_are_the_swap_at_the_probed_type(measurer):
     costs = make_costs(measurer, "measured")
-    scales = []
-    for tensor in costs.tensors[:4]:
-        probe = costing._probe(tensor.candidates, tensor.n_weights)
-        swap = measurer.joint({tensor.name: probe.qtype}, costing.SWAP_CHUNKS)
-        scales.append(probe.loss / swap.kld)
-    assert scales == pytest.approx([scales[0]] * 4)
+    tensor = next(t for t in costs.tensors if t.name == NAME)
+    probe = costing._probe(tensor.candidates, tensor.n_weights)
+    swap = measurer.joint({NAME: probe.qtype}, costing.SWAP_CHUNKS)
+    assert probe.loss == pytest.approx(swap.kld)
+    assert probe.loss_error == pytest.approx(swap.kld_error)
+
+
+def test_predictions_go_through_measured_whole_choices(measurer):
+    costs = make_costs(measurer, "measured")
     sizes = [costs.size_bytes(choice) for choice in (costs.smallest, costs.largest)]
-    middle = Budget(size_bytes=math.isqrt(sizes[0] * sizes[1]))
-    choice = Knapsack().allocate(Problem(costs, measurer.file), middle).choice
-    assert costs.loss(choice) == pytest.approx(measurer.joint(costs.types(choice)).kld)
+    assert len(costs.joint) == len(costing._JOINT_SIZES)
+    for share in costing._JOINT_SIZES:
+        budget = Budget(size_bytes=int(sizes[0] * (sizes[1] / sizes[0]) ** share))
+        choice = Knapsack().allocate(Problem(costs, measurer.file), budget).choice
+        measured = measurer.joint(costs.types(choice)).kld
+        assert costs.predicted(choice) == pytest.approx(measured)
+    assert costs.predicted(costs.smallest) == pytest.approx(
+        costs.loss(costs.smallest) * costs.joint[-1][1] / costs.joint[-1][0]
+    )
+    assert dataclasses.replace(costs, joint=()).predicted(choice) == costs.loss(choice)
 
 
 def test_costs_survive_their_file(measurer, tmp_path):

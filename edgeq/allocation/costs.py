@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
@@ -83,6 +84,7 @@ class Costs:
     fixed_bytes : of the file beside these tensors: header, norms, what keeps its type
     fixed_weights : in those other tensors
     tensors : in the order of the graph
+    joint : (sum of losses, measured divergence in nats) of some whole choices, rising
     """
 
     model_sha256: str
@@ -91,6 +93,7 @@ class Costs:
     fixed_bytes: int
     fixed_weights: int
     tensors: tuple[TensorCosts, ...]
+    joint: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for tensor in self.tensors:
@@ -108,6 +111,17 @@ class Costs:
     def loss(self, choice: Choice) -> float:
         """Return the sum of the losses."""
         return math.fsum(one.loss for one in self.chosen(choice))
+
+    def predicted(self, choice: Choice) -> float:
+        """Return the loss of a whole choice: the sum, corrected by what whole choices have shown.
+
+        The ratio of the measured to the sum is interpolated in logarithms; without any it is 1.
+        """
+        loss = self.loss(choice)
+        if not self.joint or loss <= 0:
+            return loss
+        sums, measured = np.log(np.array(self.joint)).T
+        return float(loss * np.exp(np.interp(np.log(loss), sums, measured - sums)))
 
     def seconds(self, choice: Choice) -> float | None:
         """Return the time of all products for one token; None: not measured."""
@@ -265,6 +279,7 @@ def write_costs(costs: Costs, path: Path) -> None:
     """Write ``costs.json``; an existing file is replaced whole."""
     keys = ("model_sha256", "estimator", "quantizer", "fixed_bytes", "fixed_weights")
     head = {"schema": SCHEMA, **{key: getattr(costs, key) for key in keys}}
+    head["joint"] = [list(pair) for pair in costs.joint]
     write_by_tensor(path, head, {tensor.name: _as_json(tensor) for tensor in costs.tensors})
 
 
@@ -295,6 +310,7 @@ def read_costs(path: Path) -> Costs:
             int(content["fixed_bytes"]),
             int(content["fixed_weights"]),
             tuple(_tensor(name, value) for name, value in content["tensors"].items()),
+            tuple((float(loss), float(kld)) for loss, kld in content.get("joint", ())),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
