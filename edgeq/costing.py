@@ -28,7 +28,7 @@ from edgeq.allocation.costs import (
 from edgeq.allocation.knapsack import Knapsack
 from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import LayerwiseMoments
-from edgeq.errors import RecipeError
+from edgeq.errors import CalibrationError, RecipeError
 from edgeq.measuring import Measurer
 from edgeq.opening import UsedText
 from edgeq.quantization import thinned
@@ -53,22 +53,22 @@ _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on 
 _FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
 _MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
 SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
-_JOINT_SIZES = (0.15, 0.5, 0.85)  # of the way from the smallest to the largest, in ratios
+_JOINT_SIZES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the way from the smallest to the largest, in ratios
 _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
 
 
 def choose_estimator(measurer: Measurer) -> str:
     """Return the best estimator that a model's size and what is installed allow.
 
-    Swaps are measured up to about half an hour of two cores. Beyond it relative errors, as good
-    as squared gradients, need no torch.
+    Swaps are measured up to about half an hour of two cores. Beyond it squared gradients rank
+    tensors best.
     """
     ground = measurer.ground
     if ground.calibration is None or ground.tuning is None:
         return "weight" if ground.importances is None else "imatrix"
     if ground.reference.file.n_parameters * len(measurer.names) <= _MEASURABLE:
         return "measured"
-    return "relative"
+    return "fisher"
 
 
 def make_costs(measurer: Measurer, estimator: str) -> Costs:
@@ -87,6 +87,11 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
     """
     if estimator == "auto":
         estimator = choose_estimator(measurer)
+        if estimator == "fisher":
+            try:
+                return make_costs(measurer, estimator)
+            except CalibrationError:  # no torch, or no such model there; the plan says which it is
+                estimator = "relative"
     if estimator.endswith(".json"):
         return _given_costs(Path(estimator), measurer)
     if estimator not in ESTIMATORS:

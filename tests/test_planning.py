@@ -15,7 +15,7 @@ from edgeq.allocation.costs import read_costs, write_costs
 from edgeq.allocation.knapsack import Knapsack
 from edgeq.console import Steps
 from edgeq.costing import TYPES, make_costs, parse_types
-from edgeq.errors import RecipeError, RuntimeLibraryError
+from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.evaluation import evaluate
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import prepare_texts, values_sha256
@@ -170,6 +170,22 @@ def test_predictions_go_through_measured_whole_choices(measurer):
         costs.loss(costs.smallest) * costs.joint[-1][1] / costs.joint[-1][0]
     )
     assert dataclasses.replace(costs, joint=()).predicted(choice) == costs.loss(choice)
+
+
+def test_beyond_what_can_be_measured_gradients_are_used_and_without_torch_relative_errors(
+    measurer, monkeypatch
+):
+    assert costing.choose_estimator(measurer) == "measured"
+    monkeypatch.setattr(costing, "_MEASURABLE", 0)
+    assert make_costs(measurer, "auto").estimator == "fisher"
+    fisher = measurer.work.path / "costs-fisher.json"
+    fisher.unlink()
+
+    def missing(*_arguments):
+        raise CalibrationError("no torch")
+
+    monkeypatch.setattr(costing._Costing, "_guided", missing)
+    assert make_costs(measurer, "auto").estimator == "relative"
 
 
 def test_costs_survive_their_file(measurer, tmp_path):
