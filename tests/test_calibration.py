@@ -237,6 +237,15 @@ class _PlannedError(Exception):
     pass
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a shell's background job starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_during_a_graph_is_never_lost(models):
     """Sent by another thread at any moment, in and around the callback."""
     seen = []
