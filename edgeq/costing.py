@@ -58,7 +58,7 @@ _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well
 
 
 def choose_estimator(measurer: Measurer) -> str:
-    """Return the best estimator that a model's size and what is installed allow.
+    """Return the best estimator that a model's size and its texts allow.
 
     Swaps are measured up to about half an hour of two cores. Beyond it squared gradients rank
     tensors best.
@@ -90,8 +90,9 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
         if estimator == "fisher":
             try:
                 return make_costs(measurer, estimator)
-            except CalibrationError:  # no torch, or no such model there; the plan says which it is
+            except CalibrationError as error:  # no torch, or no such model there
                 estimator = "relative"
+                measurer.notes.append(f"Costs are relative errors, not squared gradients: {error}")
     if estimator.endswith(".json"):
         return _given_costs(Path(estimator), measurer)
     if estimator not in ESTIMATORS:

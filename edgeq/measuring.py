@@ -86,12 +86,18 @@ class Joint:
 
 
 class Measurer(AbstractContextManager["Measurer", None]):
-    """Measures types in a loaded model; a context manager that frees it."""
+    """Measures types in a loaded model; a context manager that frees it.
+
+    Attributes
+    ----------
+    notes : sentences for the report
+    """
 
     def __init__(self, ground: Ground, work: WorkDirectory, steps: Steps) -> None:
         self.ground = ground
         self.work = work
         self.steps = steps
+        self.notes: list[str] = []
         self.file: GgufFile = ground.reference.file
         quantizable = quantizable_tensors(ground.reference.path)
         self.names = tuple(name for name in self.file.tensors if name in quantizable)

@@ -159,18 +159,18 @@ class Planner:
         sizes = {name: costs.size_bytes(mix) for name, mix in self.mixes.items()}
         nearest = min(sizes, key=lambda name: abs(sizes[name] - size), default=DEFAULT_PRESET)
         facts = {
+            **found.facts,
             "allocator": self.allocator_name,
             "costs": costs.estimator,
             "size_bytes": size,
             "loss": loss,
-            **found.facts,
         }
         note = (
             f"Types by {self.allocator_name} on {costs.estimator} costs: at most {size:,} bytes, "
             f"predicted loss {loss:.4g}."
         )
         plan = plan_of(file, nearest, costs.types(found.choice), reasons)
-        return Planned(plan, facts, (note, *found.notes))
+        return Planned(plan, facts, (note, *self.measurer.notes, *found.notes))
 
 
 def _smallest(least: int, most: int, is_enough: Callable[[int], bool]) -> int | None:

@@ -170,6 +170,8 @@ def test_predictions_go_through_measured_whole_choices(measurer):
         costs.loss(costs.smallest) * costs.joint[-1][1] / costs.joint[-1][0]
     )
     assert dataclasses.replace(costs, joint=()).predicted(choice) == costs.loss(choice)
+    planned = Planner(measurer, "measured", "knapsack").plan(Target(size_bytes=budget.size_bytes))
+    assert planned.facts["loss"] == pytest.approx(measured)
 
 
 def test_beyond_what_can_be_measured_gradients_are_used_and_without_torch_relative_errors(
@@ -186,12 +188,21 @@ def test_beyond_what_can_be_measured_gradients_are_used_and_without_torch_relati
 
     monkeypatch.setattr(costing._Costing, "_guided", missing)
     assert make_costs(measurer, "auto").estimator == "relative"
+    notes = Planner(measurer, "auto", "knapsack").plan(Target(size_bytes=10**6)).notes
+    assert any(note.endswith("not squared gradients: no torch") for note in notes)
 
 
 def test_costs_survive_their_file(measurer, tmp_path):
-    costs = make_costs(measurer, "hessian")
-    write_costs(costs, tmp_path / "costs.json")
-    assert read_costs(tmp_path / "costs.json") == costs
+    for estimator in ("hessian", "measured"):
+        costs = make_costs(measurer, estimator)
+        write_costs(costs, tmp_path / "costs.json")
+        assert read_costs(tmp_path / "costs.json") == costs
+
+
+@pytest.mark.parametrize("pair", [(0.1, 0.0), (-1.0, 0.1), (float("nan"), 0.1)])
+def test_whole_choices_that_predict_nothing_are_refused(measurer, pair):
+    with pytest.raises(RecipeError, match=r"joint: got .* expected two finite numbers above 0"):
+        dataclasses.replace(make_costs(measurer, "weight"), joint=(pair,))
 
 
 @pytest.mark.parametrize(
@@ -348,6 +359,8 @@ def test_llama_cpps_mix_is_kept_where_it_is_better(measurer, monkeypatch):
     planned = planner.plan(Target(size_bytes=size))
     assert planner.costs.choice(planned.plan.types) == better
     assert "The plan is llama.cpp's Q5_K_M: knapsack was not better" in planned.notes[-1]
+    assert planned.facts["size_bytes"] == planner.costs.size_bytes(better)
+    assert planned.facts["loss"] == planner.costs.predicted(better)
 
 
 def test_costs_of_another_model_are_refused(measurer, tmp_path):

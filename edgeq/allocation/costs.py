@@ -103,6 +103,12 @@ class Costs:
                         f"costs: {tensor.name} as {one.qtype.name}: the loss is {one.loss}, "
                         "expected a finite number. Measure again, or leave that type out."
                     )
+        for pair in self.joint:
+            if not all(math.isfinite(value) and value > 0 for value in pair):
+                raise RecipeError(
+                    f"costs: joint: got {pair}, expected two finite numbers above 0, the sum of "
+                    "losses and the divergence. Measure again, or leave it out."
+                )
 
     def size_bytes(self, choice: Choice) -> int:
         """Return the bytes of the whole file."""

@@ -88,7 +88,7 @@ class _Training:
         self.seen: set[Choice] = set()
         self.measured: dict[Choice, float] = {}  # on a part of the text
         self.judged: dict[Choice, float] = {}  # on all of it
-        self.judge = "kld" if problem.measure and settings.measurements else "loss"
+        self.measure = problem.measure if settings.measurements else None
         self.n_episodes = 0
         self.game = Game(self.costs, size_bytes, features(problem))
         self.start = uniform(self.costs, size_bytes)
@@ -109,10 +109,11 @@ class _Training:
         finalists += sorted(self.measured, key=lambda one: self.measured[one])[:_FINALISTS]
         best = min(dict.fromkeys(finalists), key=self._judge)
         judged = {"start": known, "policy": own, "best": best}
+        unit = "loss" if self.measure is None else "kld"
         return Allocation(
             best,
             {
-                **{f"{self.judge}_{name}": self._judge(one) for name, one in judged.items()},
+                **{f"{unit}_{name}": self._judge(one) for name, one in judged.items()},
                 "evaluations": float(len(self.measured) + len(self.judged)),
                 "episodes": float(self.n_episodes),
                 "seconds": time.perf_counter() - started,
@@ -198,7 +199,7 @@ class _Training:
         self.n_episodes += 1
         fit = fitted(self.costs, choice, self.size_bytes)
         self.seen.add(fit)
-        measure, settings = self.problem.measure, self.settings
+        measure, settings = self.measure, self.settings
         half = settings.episodes // 2
         every = max(1, (settings.episodes - half) // max(1, settings.measurements))
         if measure is None or self.n_episodes <= half or (self.n_episodes - half) % every:
@@ -214,10 +215,10 @@ class _Training:
 
     def _judge(self, choice: Choice) -> float:
         """Return the measured divergence, or the sum of losses where nothing is measured."""
-        if self.judge == "loss" or self.problem.measure is None:
+        if self.measure is None:
             return self.costs.loss(choice)
         if choice not in self.judged:
-            self.judged[choice] = self.problem.measure(choice, None)[0]
+            self.judged[choice] = self.measure(choice, None)[0]
         return self.judged[choice]
 
 
