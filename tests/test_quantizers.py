@@ -16,7 +16,7 @@ WIDE = (T.Q4_0, T.Q4_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.MXFP4, T.NVFP4)
 NARROW = (T.Q5_1, T.IQ4_NL)
 SPECS = {
     "rtn": (*WIDE, T.TQ2_0, T.IQ4_XS, T.IQ2_XXS),
-    "gptq": (*WIDE, T.IQ2_S),
+    "gptq": (*WIDE, T.IQ2_S, T.IQ3_XXS, T.IQ1_S),
     "gptq:search=static,order=activation": NARROW,
     "gptq:search=static,order=natural": NARROW,
     "gptq:search=static,order=back-to-front": NARROW,
@@ -163,10 +163,10 @@ def test_second_moments_that_are_not_finite_or_of_another_model_are_refused():
 
 def test_what_cannot_be_rounded_with_feedback_is_rtn_and_the_facts_say_why():
     weight, inputs = ordinary(256)
-    rtn = RoundToNearest().quantize("w", weight, T.IQ2_S, inputs).packed
-    found = Gptq().quantize("w", weight, T.IQ2_S, inputs)
+    rtn = RoundToNearest().quantize("w", weight, T.IQ1_S, inputs).packed
+    found = Gptq().quantize("w", weight, T.IQ1_S, inputs)
     assert np.array_equal(found.packed, rtn)
-    assert found.facts == {"fallback": "rtn: IQ2_S has no scalar codes"}
+    assert found.facts == {"fallback": "rtn: IQ1_S is no grid that is known here"}
     known = Gptq().quantize("w", weight, T.Q4_K, dataclasses.replace(inputs, hessian=None))
     assert np.array_equal(known.packed, encode(weight, T.Q4_K, inputs.importances))
     assert known.facts == {"fallback": "rtn: no second moments of its inputs"}

@@ -52,6 +52,21 @@ class Rounding:
         """Return the rows as the file holds them."""
         return self.fmt.pack(self.fields, self.codes)
 
+    def copy(self) -> "Rounding":
+        """Return one whose arrays may be written."""
+        fields = Fields(*(values.copy() for values in vars(self.fields).values()))
+        return Rounding(self.fmt, fields, self.codes.copy(), self.values.copy())
+
+    def where(self, rows: npt.NDArray[np.bool_], other: "Rounding") -> "Rounding":
+        """Return these rows where `rows`, (n_out, 1), is true, and those of `other` elsewhere."""
+        pairs = zip(vars(self.fields).values(), vars(other.fields).values(), strict=True)
+        return Rounding(
+            self.fmt,
+            Fields(*(np.where(rows, ours, theirs) for ours, theirs in pairs)),
+            np.where(rows, self.codes, other.codes),
+            np.where(rows, self.values, other.values),
+        )
+
 
 def level_step(fmt: BlockFormat) -> np.float32:
     """Return the distance of a format's levels if they are even, else 0."""

@@ -1,4 +1,4 @@
-"""Error feedback and coordinate descent onto every grid of scalar codes that llama.cpp has.
+"""Error feedback and coordinate descent onto the grids and lattices that llama.cpp has.
 
 Public tools feed errors back without importance-weighted scales, or weigh without feedback; this
 does both, for k-quants, IQ4, MXFP4 and NVFP4 alike, because it sees a format only as groups of
@@ -7,13 +7,15 @@ weights on a grid (``cpu_kernels.block_formats``).
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from cpu_kernels.block_formats import FORMATS
+from cpu_kernels.lattice_formats import LATTICES
 from edgeq.errors import CalibrationError, RecipeError
-from edgeq.quantizers import Inputs, Rounded
+from edgeq.quantizers import Inputs, Rounded, lattice
 from edgeq.quantizers.descent import lower_loss
 from edgeq.quantizers.factor import ORDERS, Factored, error_bound, factor
 from edgeq.quantizers.feedback import (
@@ -23,9 +25,11 @@ from edgeq.quantizers.feedback import (
     feed_back_and_search,
     feed_back_errors,
 )
+from edgeq.quantizers.lattice import LatticeRounding
 from edgeq.registry import unknown_name
-from edgeq.runtime.encoders import FloatArray, encode
+from edgeq.runtime.encoders import FloatArray, Packed, encode
 
+AnyRounding = Rounding | LatticeRounding
 SEARCHES = ("static", "batch")
 
 
@@ -97,14 +101,13 @@ class Gptq:
             return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
         _check(name, inputs.hessian, weight.shape)
         matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
-        fmt = FORMATS.get(qtype)
-        if fmt is None:
-            return Rounded(packed, {"fallback": f"rtn: {qtype.name} has no scalar codes"})
+        if qtype not in FORMATS and qtype not in LATTICES:
+            return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
         rows = packed.reshape(len(matrices), -1, packed.shape[1])
         totals = _Totals()
         out = np.empty_like(rows)
         for number, matrix in enumerate(matrices):
-            start = Rounding.of(fmt, rows[number])
+            start = _unpacked(qtype, rows[number])
             rounding = self._round(name, matrix, inputs.hessian[number], start, totals, n_threads)
             out[number] = rows[number] if rounding is None else rounding.packed()
         return Rounded(out.reshape(packed.shape), totals.facts())
@@ -114,17 +117,19 @@ class Gptq:
         name: str,
         weight: FloatArray,
         hessian: FloatArray,
-        nearest: Rounding,
+        nearest: AnyRounding,
         totals: "_Totals",
         n_threads: int | None,
-    ) -> Rounding | None:
+    ) -> AnyRounding | None:
         """Return a better rounding than `nearest`; None if nothing is known about the inputs."""
         if not np.diagonal(hessian).max() > 0 or not np.any(weight):
             totals.unreached += 1
             return None
         weight = np.ascontiguousarray(weight)
         regroup = None
-        if self.search == "batch":
+        if isinstance(nearest, LatticeRounding):
+            regroup = lattice.by_units
+        elif self.search == "batch":
             regroup = partial(batched, size=batch_size(nearest.fmt, weight.shape[1]))
         factored = factor(
             name,
@@ -137,19 +142,25 @@ class Gptq:
         rounding = nearest
         if self.feedback:
             rounding = self._feed_back(weight, factored, nearest, n_threads)
-        rounding = _own(rounding)
+        rounding = rounding.copy()
         for _ in range(self.sweeps):
-            lower_loss(rounding, weight, factored.hessian, reach=self.reach, refits=self.refit)
+            settings: dict[str, Any] = {"reach": self.reach, "refits": self.refit}
+            if isinstance(rounding, LatticeRounding):
+                lattice.lower_loss(rounding, weight, factored.hessian, **settings)
+            else:
+                lower_loss(rounding, weight, factored.hessian, **settings)
         before = row_losses(nearest.values - weight, factored.hessian)
         after = row_losses(rounding.values - weight, factored.hessian)
         better = (after < before)[:, None]  # NaN is not better
-        kept = _choose(better, rounding, nearest)
+        kept = rounding.where(better, nearest)  # type: ignore[arg-type]
         totals.add(kept, factored, before, np.where(better[:, 0], after, before))
         return kept
 
     def _feed_back(
-        self, weight: FloatArray, factored: Factored, nearest: Rounding, n_threads: int | None
-    ) -> Rounding:
+        self, weight: FloatArray, factored: Factored, nearest: AnyRounding, n_threads: int | None
+    ) -> AnyRounding:
+        if isinstance(nearest, LatticeRounding):
+            return lattice.feed_back_errors(nearest, weight, factored)
         if self.search == "static":
             return feed_back_errors(nearest, weight, factored)
         importances = np.ascontiguousarray(np.diagonal(factored.hessian))
@@ -177,30 +188,6 @@ def _check(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> None:
         )
 
 
-def _own(rounding: Rounding) -> Rounding:
-    """Return a copy whose arrays may be written."""
-    fields = type(rounding.fields)(*(values.copy() for values in vars(rounding.fields).values()))
-    return Rounding(rounding.fmt, fields, rounding.codes.copy(), rounding.values.copy())
-
-
-def _choose(better: np.ndarray, rounding: Rounding, nearest: Rounding) -> Rounding:
-    """Return the rows of `rounding` that are better than `nearest`, and its rows elsewhere."""
-    fields = type(rounding.fields)(
-        *(
-            np.where(better, new, old)
-            for new, old in zip(
-                vars(rounding.fields).values(), vars(nearest.fields).values(), strict=True
-            )
-        )
-    )
-    return Rounding(
-        rounding.fmt,
-        fields,
-        np.where(better, rounding.codes, nearest.codes),
-        np.where(better, rounding.values, nearest.values),
-    )
-
-
 @dataclass
 class _Totals:
     """Sums over the matrices of a tensor, for its facts."""
@@ -215,14 +202,15 @@ class _Totals:
 
     def add(
         self,
-        kept: Rounding,
+        kept: AnyRounding,
         factored: Factored,
         before: FloatArray,
         after: FloatArray,
     ) -> None:
         self.loss += float(after.sum(dtype=np.float64))
         self.loss_nearest += float(before.sum(dtype=np.float64))
-        self.bound += error_bound(factored.upper, _steps(kept)[:, factored.order])
+        if isinstance(kept, Rounding):
+            self.bound += error_bound(factored.upper, _steps(kept)[:, factored.order])
         self.dampening_frac = max(self.dampening_frac, factored.dampening_frac)
         self.rows += len(before)
         self.rows_kept += int((after < before).sum())
@@ -234,13 +222,20 @@ class _Totals:
             found = {
                 "loss": self.loss,
                 "loss_rtn": self.loss_nearest,
-                "loss_bound": self.bound,
                 "dampening_frac": self.dampening_frac,
                 "rows_better_than_rtn": self.rows_kept / self.rows,
             }
+            if self.bound:  # unknown for lattices
+                found["loss_bound"] = self.bound
         if self.unreached:
             found["fallback"] = f"rtn: {self.unreached} of its matrices saw no input, or are zero"
         return found
+
+
+def _unpacked(qtype: GGMLQuantizationType, packed: Packed) -> AnyRounding:
+    if qtype in LATTICES:
+        return LatticeRounding.of(LATTICES[qtype], packed)
+    return Rounding.of(FORMATS[qtype], packed)
 
 
 def _steps(rounding: Rounding) -> FloatArray:

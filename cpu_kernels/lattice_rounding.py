@@ -1,0 +1,287 @@
+"""Choose lattice points and scales under a full Hessian, as ``rounding`` does for single codes.
+
+Eight weights are chosen at a time: one point of eight coordinates, or two of four, and their signs.
+The nearest point is searched over all points with one weight for each coordinate; what it does to
+the loss ½ tr(E H Eᵀ) is then computed with the full Hessian. Rows are independent.
+"""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels._numba import kernel
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.uint16]
+
+_UNIT = 8  # weights that share a byte of signs
+
+
+@kernel(reorder=True)
+def _scan(
+    start: int, target: Floats, weight: Floats, s: np.float32, points: Floats, costs: Floats,
+    flips: Floats, has_flip: bool,
+) -> None:  # fmt: skip
+    """Set each point's cost, less what is the same for all; and the least that one sign costs.
+
+    Parameters
+    ----------
+    start : of the part of `target` and `weight`
+    target, weight : (8,) what is wanted, and how much its squared error counts
+    s : scale, above 0
+    points : (point size, n_points)
+    costs, flips : (n_points,) written; `flips` only if `has_flip`
+    """
+    n_points = points.shape[1]
+    for p in range(n_points):
+        costs[p] = np.float32(0)
+    for j in range(points.shape[0]):
+        w = weight[start + j]
+        linear = np.float32(-2) * w * np.abs(target[start + j]) * s
+        square = w * s * s
+        for p in range(n_points):
+            costs[p] += points[j, p] * (linear + square * points[j, p])
+    if has_flip:
+        for p in range(n_points):
+            flips[p] = np.float32(np.inf)
+        for j in range(points.shape[0]):
+            flip = np.float32(4) * weight[start + j] * np.abs(target[start + j]) * s
+            for p in range(n_points):
+                flips[p] = min(flips[p], flip * points[j, p])
+
+
+@kernel()
+def _least(costs: Floats) -> int:
+    best = 0
+    for p in range(1, costs.size):
+        if costs[p] < costs[best]:
+            best = p
+    return best
+
+
+@kernel()
+def _nearest_unit(
+    target: Floats, weight: Floats, s: np.float32, points: Floats, has_parity: bool,
+    values: Floats, indices: Indices, scratch: Floats,
+) -> np.uint8:  # fmt: skip
+    """Choose the points and signs of eight weights; return the signs.
+
+    Parameters
+    ----------
+    target, weight : (8,)
+    s : scale; not above 0: the first point everywhere
+    points : (point size, n_points)
+    values, indices : (8,) and (8 / point size,) written
+    scratch : (2, n_points) written
+    """
+    size = points.shape[0]
+    n_minus, signs = 0, 0
+    for j in range(_UNIT):
+        if target[j] < np.float32(0):
+            n_minus += 1
+            signs |= 1 << j
+    is_odd = has_parity and n_minus % 2 == 1
+    flipped_part = -1
+    flipped_point = 0
+    least_extra = np.float32(np.inf)
+    for part in range(_UNIT // size):
+        indices[part] = 0
+        if not s > np.float32(0):
+            continue
+        costs, flips = scratch[0], scratch[1]
+        _scan(part * size, target, weight, s, points, costs, flips, is_odd)
+        best = _least(costs)
+        indices[part] = best
+        if is_odd:
+            least = costs[best]
+            for p in range(costs.size):
+                flips[p] += costs[p]
+            other = _least(flips)
+            if flips[other] - least < least_extra or flipped_part < 0:
+                least_extra = flips[other] - least
+                flipped_part, flipped_point = part, other
+    if is_odd:
+        flip_at = 0
+        if flipped_part >= 0:
+            indices[flipped_part] = flipped_point
+            flip_at = flipped_part * size
+            for j in range(flipped_part * size, (flipped_part + 1) * size):
+                here = weight[j] * np.abs(target[j]) * points[j % size, flipped_point]
+                there = flip_at % size
+                best_here = weight[flip_at] * np.abs(target[flip_at]) * points[there, flipped_point]
+                if here < best_here:
+                    flip_at = j
+        signs ^= 1 << flip_at
+    for j in range(_UNIT):
+        value = s * points[j % size, indices[j // size]]
+        values[j] = -value if (signs >> j) & 1 else value
+    return np.uint8(signs)
+
+
+@kernel(parallel=True, reorder=True)
+def feed_back_points(
+    weights: Floats, upper: Floats, metric: Floats, group: Ints, scale: Floats, points: Floats,
+    has_parity: bool, indices: Indices, signs: Bytes, values: Floats,
+) -> None:  # fmt: skip
+    """Round eight columns after another, pushing each error onto the columns not yet rounded.
+
+    Parameters
+    ----------
+    weights : (n_rows, m) written: the errors in units of the factor, what the columns behind take
+    upper : (m, m) upper Cholesky factor of the inverse Hessian, in processing order
+    metric : (m,) how much a squared error of a column counts, the columns behind compensating
+    group : (m / 8,) which group the scale of eight columns is
+    scale : (n_rows, n_groups)
+    points : (point size, n_points)
+    indices, signs, values : (n_rows, m / point size), (n_rows, m / 8), (n_rows, m) written
+
+    References
+    ----------
+    Tseng et al., QuIP#, arXiv:2402.04396, section 4.1, BlockLDLQ; Liu et al., VPTQ,
+    arXiv:2409.17066, section 3.1, for what a vector's error counts.
+    """
+    m = weights.shape[1]
+    per_unit = _UNIT // points.shape[0]
+    for row in numba.prange(weights.shape[0]):
+        w = weights[row]
+        scratch = np.empty((2, points.shape[1]), np.float32)
+        for unit in range(m // _UNIT):
+            first = _UNIT * unit
+            last = first + _UNIT
+            chosen = values[row, first:last]
+            signs[row, unit] = _nearest_unit(
+                w[first:last], metric[first:last], scale[row, group[unit]], points, has_parity,
+                chosen, indices[row, per_unit * unit : per_unit * (unit + 1)], scratch,
+            )  # fmt: skip
+            for j in range(first, last):
+                error = (w[j] - values[row, j]) / upper[j, j]
+                for k in range(j + 1, m):
+                    w[k] -= error * upper[j, k]
+                w[j] = error
+
+
+@kernel(parallel=True, reorder=True)
+def descend_points(
+    gradient: Floats, hessian: Floats, inverses: Floats, points: Floats, has_parity: bool,
+    group_size: int, super_scale: Floats, sub_scale: Floats, max_sub_scale: int, indices: Indices,
+    signs: Bytes, values: Floats, reach: int, n_passes: int,
+) -> None:  # fmt: skip
+    """Lower each row's loss over one block of columns: points, signs, and the groups' sub-scales.
+
+    Parameters
+    ----------
+    gradient : (n_rows, m) (E H) at the block's columns, written
+    hessian : (m, m) of the block
+    inverses : (m / 8, 8, 8) of the Hessian's blocks of eight columns
+    points : (point size, n_points)
+    super_scale : (n_rows,)
+    sub_scale : (n_rows, m / group_size) written, odd numbers from 1 to `max_sub_scale`
+    indices, signs, values : (n_rows, m / point size), (n_rows, m / 8), (n_rows, m) written
+    reach : sub-scales tried to both sides
+    n_passes : times that all columns are visited; sub-scales are tried in the first
+    """
+    n_rows, m = values.shape
+    per_unit = _UNIT // points.shape[0]
+    n_units = group_size // _UNIT
+    for row in numba.prange(n_rows):
+        scratch = np.empty((2, points.shape[1]), np.float32)
+        work = np.empty((5, group_size), np.float32)  # best, trial, its gradient, wanted, one unit
+        best_indices = np.empty((2, n_units * per_unit), np.uint16)
+        best_signs = np.empty((2, n_units), np.uint8)
+        for p in range(n_passes):
+            for q in range(m // group_size):
+                start = q * group_size
+                old = sub_scale[row, q]
+                best_change, best_scale = np.float32(0), np.float32(-1)
+                tried = reach if p == 0 else 0
+                for number in range(2 * tried + 1):
+                    s = old + np.float32(2 * (number - tried))
+                    if s < np.float32(1) or s > np.float32(max_sub_scale):
+                        continue
+                    change = _try_group(
+                        start, super_scale[row] * s, number == tried, values[row], gradient[row],
+                        hessian, inverses, points, has_parity,
+                        indices[row], signs[row], work[1:], best_indices[1], best_signs[1], scratch,
+                    )  # fmt: skip
+                    if change < best_change:
+                        best_change, best_scale = change, s
+                        work[0] = work[1]
+                        best_indices[0] = best_indices[1]
+                        best_signs[0] = best_signs[1]
+                if best_scale < np.float32(0):
+                    continue
+                sub_scale[row, q] = best_scale
+                first = start // _UNIT
+                signs[row, first : first + n_units] = best_signs[0]
+                first *= per_unit
+                indices[row, first : first + n_units * per_unit] = best_indices[0]
+                for i in range(group_size):
+                    delta = work[0, i] - values[row, start + i]
+                    if delta != np.float32(0):
+                        values[row, start + i] = work[0, i]
+                        for k in range(m):
+                            gradient[row, k] += delta * hessian[start + i, k]
+
+
+@kernel(reorder=True)
+def _try_group(
+    start: int, s: np.float32, is_own: bool, values: Floats, gradient: Floats, hessian: Floats,
+    inverses: Floats, points: Floats, has_parity: bool, indices: Indices, signs: Bytes,
+    work: Floats, trial_indices: Indices, trial_signs: Bytes, scratch: Floats,
+) -> np.float32:  # fmt: skip
+    """Choose a group's points anew at scale s, eight weights after another.
+
+    Parameters
+    ----------
+    is_own : s is the group's own scale, so that a unit may stay as it is
+    work : (4, group_size) written: the group's values, its gradient, what is wanted, one unit
+    trial_indices, trial_signs : of the group, written
+
+    Returns
+    -------
+    change : of the row's loss, halved: gradient · δ + ½ δᵀ H δ
+    """
+    trial, trial_gradient, wanted, weight = work[0], work[1], work[2], work[3]
+    n = trial.size
+    per_unit = _UNIT // points.shape[0]
+    total = np.float32(0)
+    for i in range(n):
+        trial_gradient[i] = gradient[start + i]
+    for unit in range(n // _UNIT):
+        first = _UNIT * unit
+        column = start + first
+        for i in range(_UNIT):  # where the loss of these eight weights is least
+            step = np.float32(0)
+            for k in range(_UNIT):
+                step += inverses[column // _UNIT, i, k] * trial_gradient[first + k]
+            wanted[first + i] = values[column + i] - step
+            weight[first + i] = hessian[column + i, column + i]
+        chosen = trial[first : first + _UNIT]
+        own = trial_indices[per_unit * unit : per_unit * (unit + 1)]
+        trial_signs[unit] = _nearest_unit(
+            wanted[first : first + _UNIT], weight[first : first + _UNIT], s, points, has_parity,
+            chosen, own, scratch,
+        )  # fmt: skip
+        change = np.float32(0)
+        for i in range(_UNIT):
+            row = np.float32(0)
+            for k in range(_UNIT):
+                row += (chosen[k] - values[column + k]) * hessian[column + i, column + k]
+            delta = chosen[i] - values[column + i]
+            change += delta * (trial_gradient[first + i] + np.float32(0.5) * row)
+        if is_own and not change < np.float32(0):
+            change = np.float32(0)
+            trial_signs[unit] = signs[column // _UNIT]
+            for i in range(per_unit):
+                own[i] = indices[column // _UNIT * per_unit + i]
+            for i in range(_UNIT):
+                chosen[i] = values[column + i]
+        total += change
+        for i in range(_UNIT):
+            delta = chosen[i] - values[column + i]
+            if delta != np.float32(0):
+                for k in range(first + _UNIT, n):
+                    trial_gradient[k] += delta * hessian[column + i, start + k]
+    return total
