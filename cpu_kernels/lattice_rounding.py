@@ -17,14 +17,18 @@ Ints = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.uint16]
 
 _UNIT = 8  # weights that share a byte of signs
+_HALF_UNIT = 4
 
 
 @kernel(reorder=True)
 def _scan(
     start: int, target: Floats, weight: Floats, s: np.float32, points: Floats, costs: Floats,
-    flips: Floats, has_flip: bool,
+    flips: Floats, has_flip: bool, prepared: Floats,
 ) -> None:  # fmt: skip
-    """Set each point's cost, less what is the same for all; and the least that one sign costs.
+    """Set each point's squared error; and the least that the flip of one sign adds to it.
+
+    Loops over the coordinates have constant lengths, so that LLVM unrolls them and works on many
+    points at a time.
 
     Parameters
     ----------
@@ -33,32 +37,58 @@ def _scan(
     s : scale, above 0
     points : (point size, n_points)
     costs, flips : (n_points,) written; `flips` only if `has_flip`
+    prepared : (24,) or more, written
     """
     n_points = points.shape[1]
-    for p in range(n_points):
-        costs[p] = np.float32(0)
+    wanted, factor, flip = prepared[:8], prepared[8:16], prepared[16:24]
     for j in range(points.shape[0]):
-        w = weight[start + j]
-        linear = np.float32(-2) * w * np.abs(target[start + j]) * s
-        square = w * s * s
+        wanted[j] = np.abs(target[start + j]) / s
+        factor[j] = weight[start + j] * s * s
+        flip[j] = np.float32(4) * factor[j] * wanted[j]
+    if points.shape[0] == _UNIT:
         for p in range(n_points):
-            costs[p] += points[j, p] * (linear + square * points[j, p])
-    if has_flip:
-        for p in range(n_points):
-            flips[p] = np.float32(np.inf)
-        for j in range(points.shape[0]):
-            flip = np.float32(4) * weight[start + j] * np.abs(target[start + j]) * s
+            cost = np.float32(0)
+            for j in range(_UNIT):
+                error = points[j, p] - wanted[j]
+                cost += factor[j] * error * error
+            costs[p] = cost
+        if has_flip:
             for p in range(n_points):
-                flips[p] = min(flips[p], flip * points[j, p])
+                least = flip[0] * points[0, p]
+                for j in range(1, _UNIT):
+                    extra = flip[j] * points[j, p]
+                    least = extra if extra < least else least
+                flips[p] = costs[p] + least
+    else:
+        for p in range(n_points):
+            cost = np.float32(0)
+            for j in range(_HALF_UNIT):
+                error = points[j, p] - wanted[j]
+                cost += factor[j] * error * error
+            costs[p] = cost
+        if has_flip:
+            for p in range(n_points):
+                least = flip[0] * points[0, p]
+                for j in range(1, _HALF_UNIT):
+                    extra = flip[j] * points[j, p]
+                    least = extra if extra < least else least
+                flips[p] = costs[p] + least
 
 
 @kernel()
 def _least(costs: Floats) -> int:
-    best = 0
-    for p in range(1, costs.size):
-        if costs[p] < costs[best]:
-            best = p
-    return best
+    """Return where the least of numbers not below 0 is: as bits they are integers in order.
+
+    LLVM vectorizes the least integer, but not that of floats, which may be NaN.
+    """
+    bits = costs.view(np.int32)
+    least = bits[0]
+    for p in range(bits.size):
+        least = min(least, bits[p])
+    place = 0
+    for p in range(bits.size):
+        place = max(place, p if bits[p] == least else 0)
+    return place
 
 
 @kernel()
@@ -74,7 +104,7 @@ def _nearest_unit(
     s : scale; not above 0: the first point everywhere
     points : (point size, n_points)
     values, indices : (8,) and (8 / point size,) written
-    scratch : (2, n_points) written
+    scratch : (3, n_points) written
     """
     size = points.shape[0]
     n_minus, signs = 0, 0
@@ -91,13 +121,11 @@ def _nearest_unit(
         if not s > np.float32(0):
             continue
         costs, flips = scratch[0], scratch[1]
-        _scan(part * size, target, weight, s, points, costs, flips, is_odd)
+        _scan(part * size, target, weight, s, points, costs, flips, is_odd, scratch[2])
         best = _least(costs)
         indices[part] = best
         if is_odd:
             least = costs[best]
-            for p in range(costs.size):
-                flips[p] += costs[p]
             other = _least(flips)
             if flips[other] - least < least_extra or flipped_part < 0:
                 least_extra = flips[other] - least
@@ -146,7 +174,7 @@ def feed_back_points(
     per_unit = _UNIT // points.shape[0]
     for row in numba.prange(weights.shape[0]):
         w = weights[row]
-        scratch = np.empty((2, points.shape[1]), np.float32)
+        scratch = np.empty((3, points.shape[1]), np.float32)
         for unit in range(m // _UNIT):
             first = _UNIT * unit
             last = first + _UNIT
@@ -186,7 +214,7 @@ def descend_points(
     per_unit = _UNIT // points.shape[0]
     n_units = group_size // _UNIT
     for row in numba.prange(n_rows):
-        scratch = np.empty((2, points.shape[1]), np.float32)
+        scratch = np.empty((3, points.shape[1]), np.float32)
         work = np.empty((5, group_size), np.float32)  # best, trial, its gradient, wanted, one unit
         best_indices = np.empty((2, n_units * per_unit), np.uint16)
         best_signs = np.empty((2, n_units), np.uint8)

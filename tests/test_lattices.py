@@ -76,7 +76,7 @@ def test_the_nearest_point_is_found_among_all(qtype, seed):
     target = (s * form.points.max() * rng.standard_normal(8)).astype(np.float32)
     weight = rng.uniform(0.1, 10, 8).astype(np.float32)
     values, indices = np.empty(8, np.float32), np.empty(8 // size, np.uint16)
-    scratch = np.empty((2, len(form.points)), np.float32)
+    scratch = np.empty((3, len(form.points)), np.float32)
     grid = np.ascontiguousarray(form.points.T)
     signs = _nearest_unit(target, weight, s, grid, form.has_parity, values, indices, scratch)
     minus = np.unpackbits(np.uint8(signs), bitorder="little")
