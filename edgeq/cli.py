@@ -170,10 +170,10 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
 )
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "default"]),
+    type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="Of auto: about 4 or 9 minutes per 100M parameters on two cores.",
+    help="Of auto: about 4, 9 or 40 minutes per 100M parameters on two cores.",
 )
 @click.option(
     "--transform",
@@ -206,6 +206,13 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
     show_default=True,
     help="Move weights to make up for the layers before, 0 to 1.",
 )
+@click.option(
+    "--tune",
+    "tune_steps",
+    type=int,
+    metavar="STEPS",
+    help="Tune scales and norms by KL divergence (default 0, max 96).",
+)
 @click.option("--imatrix", type=_PATH, help="Use this importance matrix; do not calibrate.")
 @click.option("--no-imatrix", is_flag=True, help="Round without any calibration.")
 @click.option("--split-max-size", "split_max_bytes", type=_Bytes(), help="Write parts, like 2G.")
@@ -235,6 +242,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         fisher_groups=options["fisher_groups"],
         sequential=options["sequential"],
         asymmetric=options["asymmetric"],
+        tune_steps=options["tune_steps"],
         imatrix=options["imatrix"],
         use_imatrix=not options["no_imatrix"],
         texts=_text_choice(options),

@@ -216,7 +216,10 @@ def _texts(
     steps: Steps,
 ) -> Texts:
     method, allocates = recipe.method, recipe.target.is_set
-    uses_moments = quantizer.uses_hessian or bool(method.transforms) or allocates
+    uses_tuning = method.is_verified or method.tune_steps > 0 or allocates
+    uses_moments = (
+        quantizer.uses_hessian or bool(method.transforms or method.tune_steps) or allocates
+    )
     choice = recipe.texts
     if uses_moments and choice.chunks is None:
         n_chunks = recipe.budget.chunks
@@ -230,7 +233,7 @@ def _texts(
         steps,
         calibrates=recipe.use_imatrix and (recipe.imatrix is None or uses_moments),
         evaluates=recipe.prove,
-        tuning_chunks=recipe.budget.tuning_chunks if method.is_verified or allocates else 0,
+        tuning_chunks=recipe.budget.tuning_chunks if uses_tuning else 0,
         n_threads=recipe.n_threads,
     )
 

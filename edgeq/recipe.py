@@ -69,6 +69,7 @@ class Effort:
     fisher : see ``Method``; squared gradients cost time and, on few tokens, accuracy
     sweeps : of coordinate descent
     transforms : methods of the search for folds
+    tune_steps : see ``Method``
     """
 
     chunks: int
@@ -76,11 +77,15 @@ class Effort:
     fisher: float
     sweeps: int
     transforms: tuple[str, ...]
+    tune_steps: int = 0
 
 
 EFFORTS = {
     "fast": Effort(16, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",)),
     "default": Effort(32, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual")),
+    "max": Effort(
+        64, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual"), tune_steps=96
+    ),
 }
 
 
@@ -96,6 +101,7 @@ class Method:
     sequential : each layer is calibrated through the quantized layers before it
     transforms : methods of the search for folds; empty: nothing is folded
     asymmetric : 0 to 1, how far weights are moved to make up for the layers before
+    tune_steps : at most so many, of tuning scales and norms by KL divergence
     is_verified : compare with round-to-nearest on tuning text, and ship what is better
     """
 
@@ -105,6 +111,7 @@ class Method:
     sequential: bool = True
     transforms: tuple[str, ...] = ()
     asymmetric: float = 0.0
+    tune_steps: int = 0
     is_verified: bool = False
 
 
@@ -186,6 +193,7 @@ class Recipe:
     effort : of ``auto``, a name of ``EFFORTS``
     fisher, fisher_groups, sequential, asymmetric : see ``Method``; fisher None: the effort's
     transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
+    tune_steps : see ``Method``; None: the effort's where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
     use_imatrix : False rounds without any calibration
     texts : what calibrates and what judges
@@ -213,6 +221,7 @@ class Recipe:
     sequential: bool = True
     asymmetric: float = 0.0
     transform: str = "auto"
+    tune_steps: int | None = None
     imatrix: Path | None = None
     use_imatrix: bool = True
     texts: TextChoice = TextChoice()
@@ -238,6 +247,10 @@ class Recipe:
         for flag, strength in (("--fisher", self.fisher), ("--asymmetric", self.asymmetric)):
             if strength is not None and not 0 <= strength <= 1:
                 raise RecipeError(f"{flag}: got {strength}, expected 0 to 1.")
+        if self.tune_steps is not None and self.tune_steps < 0:
+            raise RecipeError(f"--tune: got {self.tune_steps} steps, expected 0 or more.")
+        if self.tune_steps and not self.use_imatrix:
+            raise RecipeError("--tune learns from calibration text: leave --no-imatrix out.")
         if self.fisher_groups < 1:
             raise RecipeError(f"--fisher-groups: got {self.fisher_groups}, expected 1 or more.")
         if self.asymmetric and not self.sequential:
@@ -267,6 +280,7 @@ class Recipe:
         is_auto = self.quantizer == "auto"
         if is_auto and not self.use_imatrix:
             return Method("rtn")
+        steps = self.budget.tune_steps if is_auto else 0
         folds = self.transform == "fold" or (self.transform == "auto" and is_auto)
         return Method(
             f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
@@ -275,6 +289,7 @@ class Recipe:
             self.sequential,
             self.budget.transforms if folds else (),
             self.asymmetric,
+            steps if self.tune_steps is None else self.tune_steps,
             is_verified=is_auto,
         )
 

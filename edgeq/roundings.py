@@ -1,16 +1,17 @@
 """The roundings of one export: the wanted one, and round-to-nearest, which it has to beat."""
 
+import contextlib
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
 
-from converters.gguf_file import write_gguf
+from converters.gguf_file import open_gguf, write_gguf
 from edgeq import provenance
 from edgeq.allocation import Plan
 from edgeq.calibration import collect
@@ -60,6 +61,7 @@ class Roundings:
         self.steps = steps
         self.notes: list[str] = []
         self.verification: dict[str, float] = {}
+        self._model: LayerwiseModel | None = None
 
     def best(self, quantizer: Quantizer, texts: Texts) -> Quantized:
         """Quantize as the recipe says; if that is to be verified, return what is better.
@@ -67,7 +69,8 @@ class Roundings:
         Raises
         ------
         EdgeqError, ConversionError
-            A tensor cannot be quantized; without ``auto`` also: there are no second moments.
+            A tensor cannot be quantized; without ``auto`` also: there are no second moments, or no
+            gradients to tune with.
         """
         method = self.recipe.method
         moments = None
@@ -88,11 +91,16 @@ class Roundings:
             about["text"] = texts.calibration.manifest.sha256
             about["seed"] = self.recipe.texts.seed  # of the gradients
         wanted = self._quantize("quantize", rules, moments, method.quantizer, about, "layers")
+        found = {method.quantizer: wanted}
+        if method.tune_steps and texts.calibration is not None and texts.tuning is not None:
+            tuned = self._tuned(wanted, texts.calibration, texts.tuning)
+            if tuned is not None:
+                found[f"{method.quantizer}, tuned"] = tuned
         if not method.is_verified or texts.tuning is None:
-            return wanted
+            return list(found.values())[-1]
         plain = Rules(make_quantizer("rtn"), (), 0.0, rules.allow_requantize, rules.n_threads)
-        nearest = self._quantize("verify", plain, None, "rtn", {}, "layers-rtn")
-        return self._better(wanted, nearest, texts.tuning)
+        found["rtn"] = self._quantize("verify", plain, None, "rtn", {}, "layers-rtn")
+        return self._better(found, texts.tuning)
 
     def judge(self, chosen: Quantized, text: UsedText) -> Summary:
         """Return what the file would do on a text."""
@@ -168,6 +176,8 @@ class Roundings:
         CalibrationError
             There is no torch, transformers does not know the model, or it is another function.
         """
+        if self._model is not None:
+            return self._model
         with self.steps.step("moments"):
             from edgeq.layerwise import LayerwiseModel, check_agrees
 
@@ -181,6 +191,7 @@ class Roundings:
                     f"{reference.path}: torch's logits are {divergence:.2g} nats from llama.cpp's, "
                     f"expected less than {_AGREES:g}; the torch model is another function."
                 )
+            self._model = model
             return model
 
     def _token_weights(self, model: "LayerwiseModel", text: UsedText) -> TokenWeights:
@@ -224,22 +235,65 @@ class Roundings:
                 return None
             return StoredMoments(found)
 
+    # --- tuning ----------------------------------------------------------------------------------
+
+    def _tuned(self, wanted: Quantized, text: UsedText, tuning: UsedText) -> Quantized | None:
+        """Return the same codes with tuned scales and norms; None where that cannot be."""
+        method, reference = self.recipe.method, self.reference
+        try:
+            teacher = self._torch_model(text)
+        except CalibrationError as error:
+            if not method.is_verified:
+                raise
+            self.notes.append(f"Scales are not tuned: {error}")
+            return None
+        from edgeq.layerwise import LayerwiseModel
+        from edgeq.tuning import tune
+
+        made_by = {
+            "wanted": _digests(wanted),
+            "reference": reference.sha256,
+            "steps": method.tune_steps,
+            "seed": self.recipe.texts.seed,
+            "text": text.manifest.sha256,
+            "tuning": tuning.manifest.sha256,
+            "versions": provenance.versions(),
+        }
+        with self.steps.step("tune") as progress, self._candidate(wanted) as candidate:
+            path = self.work.artefact(
+                "tune/tuned.safetensors",
+                made_by,
+                lambda out: tune(
+                    teacher,
+                    LayerwiseModel.open(open_gguf(candidate), reference.checkpoint),
+                    text.rows,
+                    tuning.rows,
+                    out,
+                    steps=method.tune_steps,
+                    seed=self.recipe.texts.seed,
+                    made_by=made_by,
+                    work=self.work,
+                    progress=progress,
+                ),
+            )
+        with safe_open(path, framework="numpy") as part:
+            paths = {**wanted.paths, **dict.fromkeys(part.keys(), path)}
+        return dataclasses.replace(wanted, paths=paths)
+
     # --- verification ----------------------------------------------------------------------------
 
-    def _better(self, wanted: Quantized, nearest: Quantized, text: UsedText) -> Quantized:
-        """Return what is closer to the reference on the tuning text."""
-        name = self.recipe.method.quantizer
+    def _better(self, found: Mapping[str, Quantized], text: UsedText) -> Quantized:
+        """Return what is closest to the reference on the tuning text, rtn unless it is far off."""
 
         def klds() -> dict[str, float]:
-            judged = self._judged({name: wanted, "rtn": nearest}, text)
+            judged = self._judged(found, text)
             return {label: _finite(summary.kld.value) for label, summary in judged.items()}
 
         with self.steps.step("verify"):
             path = self.work.artefact(
                 "verification.json",
                 {
-                    "wanted": _digests(wanted),
-                    "rtn": _digests(nearest),
+                    "candidates": {label: _digests(one) for label, one in found.items()},
                     "reference": self.reference.sha256,
                     "text": text.manifest.sha256,
                     "versions": provenance.versions(),
@@ -247,25 +301,36 @@ class Roundings:
                 lambda out: out.write_text(json.dumps(klds())),
             )
             self.verification = json.loads(path.read_text())
-        kld, kld_rtn = self.verification[name], self.verification["rtn"]
-        compared = f"on {len(text.rows)} chunks of tuning text {kld:.5f} nats, rtn {kld_rtn:.5f}"
-        if kld < _MARGIN * kld_rtn:
+        kld_rtn = self.verification["rtn"]
+        name = min(found.keys() - {"rtn"}, key=lambda label: self.verification[label])
+        told = [f"{label} {kld:.5f} nats" for label, kld in self.verification.items()]
+        compared = f"on {len(text.rows)} chunks of tuning text {', '.join(told)}"
+        ratio = self.verification[name] / kld_rtn
+        if ratio < _MARGIN:
             losses = [
                 float(fact["loss"]) / float(fact["loss_rtn"])
-                for fact in wanted.facts.values()
+                for fact in found[name].facts.values()
                 if fact.get("loss_rtn")
             ]
             median = f", layer loss ×{statistics.median(losses):.2f}" if losses else ""
-            self.notes.append(f"Rounded by {name}: {compared} (×{kld / kld_rtn:.2f}){median}.")
-            return wanted
+            self.notes.append(f"Rounded by {name}: {compared} (×{ratio:.2f}){median}.")
+            return found[name]
         self.notes.append(f"Rounded to nearest (rtn): {name} was not much better, {compared}.")
-        return nearest
+        return found["rtn"]
+
+    @contextlib.contextmanager
+    def _candidate(self, rounding: Quantized) -> Iterator[Path]:
+        """Give the file that a rounding would make, for as long as the block runs."""
+        candidate, file = self.work.path / "candidate.gguf", self.reference.file
+        try:
+            yield write_gguf(candidate, file.fields, rounding.sources(self.plan, file))[0]
+        finally:
+            candidate.unlink(missing_ok=True)
 
     def _judged(self, roundings: Mapping[str, Quantized], text: UsedText) -> dict[str, Summary]:
         """Return what the file that each rounding would make does on a text."""
         n_ctx, n_threads = text.rows.shape[1], self.recipe.n_threads
-        file = self.reference.file
-        stored, candidate = self.work.path / "tuning.kld", self.work.path / "candidate.gguf"
+        stored = self.work.path / "tuning.kld"
         found = {}
         try:
             store_reference(
@@ -277,11 +342,10 @@ class Roundings:
                 n_threads=n_threads,
             )
             for name, rounding in roundings.items():
-                paths = write_gguf(candidate, file.fields, rounding.sources(self.plan, file))
-                judged = evaluate(paths[0], text.rows, stored, n_ctx=n_ctx, n_threads=n_threads)
+                with self._candidate(rounding) as path:
+                    judged = evaluate(path, text.rows, stored, n_ctx=n_ctx, n_threads=n_threads)
                 found[name] = judged.summary
         finally:
-            candidate.unlink(missing_ok=True)
             stored.unlink(missing_ok=True)
         return found
 

@@ -98,6 +98,7 @@ def test_the_default_has_the_bytes_of_rtn_and_a_better_rounding(exported, neares
         "sequential": True,
         "transforms": ["balance", "dual"],
         "asymmetric": 0.0,
+        "tune_steps": 0,
         "is_verified": True,
     }
     assert rounding["method"] == method

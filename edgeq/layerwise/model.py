@@ -1,5 +1,6 @@
 """The float model of a GGUF file in torch, one decoder layer at a time."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,16 @@ import torch
 
 from converters.gguf_file import GgufFile
 from edgeq.errors import CalibrationError
-from edgeq.layerwise.origins import FloatArray
-from edgeq.layerwise.products import Casts, OnProduct, ProductMode, Seen, Weight
+from edgeq.layerwise.origins import FloatArray, fill
+from edgeq.layerwise.products import (
+    Casts,
+    OnProduct,
+    OnVector,
+    ProductMode,
+    Seen,
+    Weight,
+    report_vectors,
+)
 from edgeq.layerwise.shell import Shell, open_shell
 
 _LOGITS_AT_ONCE = 1 << 25  # of the head, 128 MiB of float32
@@ -174,6 +183,72 @@ class LayerwiseModel:
             _report(seen, at_outputs, on_product)
         return gradient
 
+    def divergence(
+        self,
+        hidden: FloatArray,
+        wanted: FloatArray,
+        teacher: "LayerwiseModel",
+        on_vector: OnVector | None = None,
+    ) -> tuple[float, FloatArray]:
+        """Return the mean KL divergence from another model, and its gradient at `hidden`.
+
+        Parameters
+        ----------
+        hidden : (n_tokens, n_embd) float32, one chunk after the last layer
+        wanted : the same of `teacher`, in its own width
+        on_vector : told the gradient of every norm and bias behind the layers; a chunk is computed
+            in parts, and their gradients add up
+
+        Returns
+        -------
+        divergence : KL(teacher, self), nats, the mean over the tokens
+        gradient : (n_tokens, n_embd) float32
+        """
+        vectors = [] if on_vector is None else self._shell.vectors
+        gradient = np.empty(hidden.shape, np.float32)
+        total = 0.0
+        for rows in self._slices(len(hidden)):
+            part = slice(rows.start, rows.stop)
+            with torch.no_grad():
+                theirs = torch.log_softmax(teacher._shell.behind(_to_torch(wanted[part])), dim=-1)
+            entering = _to_torch(hidden[part]).requires_grad_(True)
+            with torch.enable_grad(), _with_gradients(vectors):
+                logits = self._shell.behind(entering)
+                ours = torch.log_softmax(logits.detach(), dim=-1)
+                p = theirs.exp()
+                total += float((p * (theirs - ours)).sum())
+                at_hidden, *at_vectors = torch.autograd.grad(
+                    logits,
+                    [entering, *(one.parameter for one in vectors)],
+                    (ours.exp_() - p) / len(hidden),
+                    allow_unused=True,
+                )
+            gradient[part] = _to_numpy(at_hidden)
+            if on_vector is not None:
+                report_vectors(vectors, at_vectors, on_vector)
+        return total / len(hidden), gradient
+
+    def vectors(self, layer: int | None) -> list[str]:
+        """Return the names of a layer's norms and biases; None: of those behind the layers."""
+        held = self._shell.vectors
+        if layer is not None:
+            held = [Weight(*one) for one in self._shell.parameters_of(layer).values()]
+        names = (
+            origin.name
+            for weight in held
+            if weight.parameter.ndim == 1
+            for origin in weight.origins
+            if origin.matrix is None
+        )
+        return list(dict.fromkeys(names))
+
+    def set_vector(self, name: str, values: FloatArray) -> None:
+        """Change a norm or bias behind the layers, in its shape in the file."""
+        for weight in self._shell.vectors:
+            for origin in weight.origins:
+                if origin.name == name:
+                    fill(weight.parameter.numpy(), origin, values)
+
     def _slices(self, n_tokens: int) -> Iterator[range]:
         """Yield the tokens whose logits are computed at a time."""
         step = max(1, _LOGITS_AT_ONCE // self.n_vocab)
@@ -193,7 +268,8 @@ class Layer:
         self.number = number
         self._shell = shell
         self._module = module
-        self._weights = weights
+        self._weights = [weight for weight in weights if weight.parameter.ndim >= 2]
+        self._vectors = [weight for weight in weights if weight.parameter.ndim == 1]
         self._casts: dict[Any, Casts] = {}
 
     def run(self, hidden: FloatArray, on_product: OnProduct | None = None) -> FloatArray:
@@ -230,6 +306,7 @@ class Layer:
         hidden: FloatArray,
         gradient: FloatArray,
         on_product: OnProduct | None = None,
+        on_vector: OnVector | None = None,
         *,
         compute_dtype: Any = torch.float32,
     ) -> FloatArray:
@@ -240,6 +317,7 @@ class Layer:
         hidden : (n_tokens, n_embd) float32, what enters the layer; it is computed anew
         gradient : (n_tokens, n_embd) float32, at what leaves it
         on_product : sees the input of, and the gradient at, every weight product
+        on_vector : told the gradient of every norm and bias
         compute_dtype : of the products, such as ``torch.bfloat16``; all else is float32
 
         Returns
@@ -248,22 +326,23 @@ class Layer:
         """
         entering = _to_torch(hidden).requires_grad_(True)
         seen: list[Seen] = []
-        with (
-            torch.enable_grad(),
-            ProductMode(
-                self._weights,
-                range(len(hidden)),
-                seen.append,
-                _casts_to(compute_dtype, self._casts),
-            ),
-        ):
-            leaving = self._forward(entering)
-        outputs = [] if on_product is None else [one.output for one in seen]
-        at_hidden, *at_outputs = torch.autograd.grad(
-            leaving, [entering, *outputs], _to_torch(gradient)
-        )
+        vectors = [] if on_vector is None else self._vectors
+        casts = _casts_to(compute_dtype, self._casts)
+        products = ProductMode(self._weights, range(len(hidden)), seen.append, casts)
+        with torch.enable_grad(), _with_gradients(vectors):
+            with products:
+                leaving = self._forward(entering)
+            outputs = [] if on_product is None else [one.output for one in seen]
+            at_hidden, *others = torch.autograd.grad(
+                leaving,
+                [entering, *outputs, *(one.parameter for one in vectors)],
+                _to_torch(gradient),
+                allow_unused=True,
+            )
+        if on_vector is not None:
+            report_vectors(vectors, others[len(outputs) :], on_vector)
         if on_product is not None:
-            _report(seen, at_outputs, on_product)
+            _report(seen, others[: len(outputs)], on_product)
             self._check_seen({origin.name for one in seen for origin in one.weight.origins})
         return _to_numpy(at_hidden)
 
@@ -295,6 +374,18 @@ def _drawn_gradient(logits: Any, generator: Any) -> Any:
     u = torch.rand((len(p), 1), generator=generator) * total[:, -1:]
     drawn = torch.searchsorted(total, u, right=True).clamp_(max=p.shape[-1] - 1)
     return p.scatter_add_(1, drawn, torch.full_like(u, -1.0))
+
+
+@contextlib.contextmanager
+def _with_gradients(vectors: Sequence[Weight]) -> Iterator[None]:
+    """While it is entered, autograd follows these parameters."""
+    for one in vectors:
+        one.parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for one in vectors:
+            one.parameter.requires_grad_(False)
 
 
 def _casts_to(dtype: Any, made: dict[Any, Casts]) -> Casts | None:

@@ -47,9 +47,13 @@ class Product:
 OnProduct = Callable[[Product], None]
 
 
+OnVector = Callable[[str, FloatArray], None]
+"""Called with a norm's or bias's name in the file and the loss's gradient in its shape there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter that takes part in products, and where it comes from."""
+    """A parameter, and where it comes from."""
 
     parameter: Any
     origins: tuple[Origin, ...]
@@ -84,6 +88,17 @@ class Seen:
             matrix = self.expert if origin.matrix is None else origin.matrix
             found.append(Product(origin.name, matrix, inputs, self.positions, mine, self.same_as))
         return found
+
+
+def report_vectors(
+    vectors: Sequence[Weight], gradients: Sequence[Any], on_vector: OnVector
+) -> None:
+    """Tell the gradients of vectors; None where a vector took no part."""
+    for weight, gradient in zip(vectors, gradients, strict=True):
+        for origin in weight.origins if gradient is not None else ():
+            if origin.matrix is None:
+                whole = _array(gradient)
+                on_vector(origin.name, whole if origin.rows is None else whole[origin.rows])
 
 
 def _array(tensor: Any) -> FloatArray:

@@ -39,6 +39,7 @@ class Shell:
     Attributes
     ----------
     head : the output matrix
+    vectors : norms and biases outside of the layers
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Shell:
         self._leaving: Any = None
         for layer, module in enumerate(self._layers):
             module.forward = functools.partial(self._stand_in, layer)
+        self.vectors: list[Weight] = []
         self.head = self._fill_surroundings()
 
     def parameters_of(self, layer: int) -> dict[str, tuple[Any, tuple[Origin, ...]]]:
@@ -67,7 +69,7 @@ class Shell:
     def filled_layer(
         self, layer: int, replaced: Mapping[str, FloatArray]
     ) -> tuple[Any, list[Weight]]:
-        """Return a copy of a layer with its weights in it, and those that make products."""
+        """Return a copy of a layer with its weights in it, and the weights, vectors among them."""
         original = self._layers[layer]
         stand_in = original.__dict__.pop("forward")  # refers to the whole model
         try:
@@ -78,8 +80,7 @@ class Shell:
         for name, (empty, origins) in self.parameters_of(layer).items():
             parameter = self._filled(empty.shape, origins, replaced)
             _set_parameter(module, name, parameter)
-            if parameter.ndim >= 2:
-                weights.append(Weight(parameter, origins))
+            weights.append(Weight(parameter, origins))
         for path, part in module.named_modules():
             self._make_buffers(path, part)
         return module, weights
@@ -135,6 +136,8 @@ class Shell:
             if origins[0].name not in filled:  # a tied output shares the embedding's memory
                 filled[origins[0].name] = self._filled(empty.shape, origins, {})
             _set_parameter(self._model, name, filled[origins[0].name])
+            if empty.ndim == 1:
+                self.vectors.append(Weight(filled[origins[0].name], origins))
         for path, part in self._model.named_modules():
             if not f"{path}.".startswith(f"{self._prefix}."):
                 self._make_buffers(path, part)
