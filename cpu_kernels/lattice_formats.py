@@ -1,21 +1,23 @@
-"""The formats of ggml whose codes stand for points of a lattice: IQ2 and IQ3, bytes and numbers.
+"""The formats of ggml whose codes stand for points of a lattice: IQ1, IQ2, IQ3, bytes and numbers.
 
 Every one of them is::
 
     weight = super_scale[block] · sub_scale[group] · point[index][i] · sign      eight or four
                                                                                  weights an index
 
-Points have positive coordinates; signs are stored apart, eight weights a byte. Where seven bits
-must do, the eighth makes the number of minus signs even (``has_parity``).
+Points of IQ2 and IQ3 have positive coordinates; signs are stored apart, eight weights a byte. Where
+seven bits must do, the eighth makes the number of minus signs even. Points of IQ1 have signs of
+their own, and each is there twice, moved up and down by 1/8; an index's highest bit says which.
 
 ``LATTICES`` says where each number lies, as the positions of its bits in a block, bit 0 of byte 0
 first. The points themselves are those of the ``gguf`` package.
 
 Source: ggml/src/ggml-common.h (block_iq2_xxs and following, iq2xxs_grid and following) and
-ggml/src/ggml-quants.c (dequantize_row_iq2_xxs and following) of llama.cpp 0c1e57098.
+ggml/src/ggml-quants.c (dequantize_row_iq2_xxs to dequantize_row_iq1_m) of llama.cpp 0c1e57098.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import gguf.quants
@@ -30,9 +32,18 @@ _T = GGMLQuantizationType
 _BLOCK = 256
 _ROWS_AT_ONCE = 1 << 22  # weights whose bits are taken apart at a time
 UNIT = 8  # weights that share a byte of signs
+_IQ1_SHIFT = 0.125
 
 Indices = npt.NDArray[np.uint16]
 _Positions = npt.NDArray[np.intp]
+
+
+class Signs(IntEnum):
+    """Which signs eight weights may have, beside those of their points."""
+
+    NONE = 0
+    FREE = 1
+    EVEN = 2  # an even number of minus signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +55,7 @@ class Points:
     super_scale : (n_rows, n_blocks) float32
     sub_scale : (n_rows, n_groups) float32, odd numbers
     indices : (n_rows, n_in / point size) uint16
-    signs : (n_rows, n_in / 8) uint8, bit i for weight i: minus; of an even number where there is
-        parity
+    signs : (n_rows, n_in / 8) uint8, bit i for weight i: minus
     """
 
     super_scale: Floats
@@ -62,22 +72,25 @@ class LatticeFormat:
     ----------
     qtype : ggml's type
     points : (n_points, point size) float32, ascending by nothing
+    n_parts : all points of a group are in the same one of so many equal parts of `points`
     group_size : weights that share a sub-scale
-    unit : a super-scale is this times the half float at the block's start
-    has_parity : the number of minus signs of eight weights is even
+    max_sub_scale : they are the odd numbers up to it
+    unit : a super-scale is this times the half float of the block
+    sign_rule : which signs there are
     """
 
     qtype: GGMLQuantizationType
     points: Floats
     group_size: int
     unit: float
-    has_parity: bool
+    sign_rule: Signs
     _indices: _Positions
     _signs: _Positions
     _scales: _Positions
+    _super_scale: _Positions
+    n_parts: int = 1
 
     block_size = _BLOCK
-    max_sub_scale = 31
 
     @property
     def type_size(self) -> int:
@@ -88,6 +101,15 @@ class LatticeFormat:
     def point_size(self) -> int:
         """Weights of a point, 8 or 4."""
         return int(self.points.shape[1])
+
+    @property
+    def max_sub_scale(self) -> int:
+        """The largest of the odd numbers that are sub-scales."""
+        return int(2 ** (self._scales.shape[1] + 1) - 1)
+
+    @property
+    def _part_size(self) -> int:
+        return len(self.points) // self.n_parts
 
     def unpack(self, packed: Bytes) -> Points:
         """Take rows of blocks apart.
@@ -109,11 +131,13 @@ class LatticeFormat:
         n_rows = len(packed)
         blocks = np.ascontiguousarray(packed).reshape(-1, self.type_size)
         parts = [self._read(part) for part in _slices(blocks)]
-        indices, signs, scales = (np.concatenate(one) for one in zip(*parts, strict=True))
-        if self.has_parity:
+        indices, signs, scales, super_scale = (
+            np.concatenate(one) for one in zip(*parts, strict=True)
+        )
+        if self.sign_rule == Signs.EVEN:
             signs |= (np.bitwise_count(signs) % 2 << 7).astype(np.uint8)
         return Points(
-            (Half(0).read(blocks) * np.float32(self.unit)).reshape(n_rows, -1),
+            (super_scale.view("<f2") * np.float32(self.unit)).reshape(n_rows, -1),
             (2 * scales + 1).astype(np.float32).reshape(n_rows, -1),
             indices.reshape(n_rows, -1),
             signs.reshape(n_rows, -1),
@@ -129,20 +153,26 @@ class LatticeFormat:
         """
         n_rows, n_blocks = points.super_scale.shape
         scales = (points.sub_scale - 1) / 2
+        with np.errstate(over="ignore"):  # refused below
+            halves = (points.super_scale / np.float32(self.unit)).astype("<f2")
+        n_minus = np.bitwise_count(points.signs)
+        parts = points.indices.reshape(*points.sub_scale.shape, -1) // self._part_size
         held = (
-            np.array_equal(scales, np.clip(np.rint(scales), 0, 15))
+            np.array_equal(scales, np.clip(np.rint(scales), 0, self.max_sub_scale // 2))
+            and np.array_equal(halves.astype(np.float32) * self.unit, points.super_scale)
             and not np.any(points.indices >= len(self.points))
-            and not (self.has_parity and np.any(np.bitwise_count(points.signs) % 2))
+            and not (self.n_parts > 1 and np.any(parts != parts[..., :1]))
+            and not (self.sign_rule == Signs.EVEN and np.any(n_minus % 2))
+            and not (self.sign_rule == Signs.NONE and np.any(n_minus))
         )
         if not held:
             raise ValueError(
-                f"points: expected odd sub-scales from 1 to {self.max_sub_scale}, indices below "
-                f"{len(self.points)}"
-                + (", an even number of signs" if self.has_parity else "")
-                + f" for {self.qtype.name}."
+                f"points: expected super-scales of {self.unit} times half floats, odd sub-scales "
+                f"from 1 to {self.max_sub_scale}, indices below {len(self.points)}, signs: "
+                f"{self.sign_rule.name.lower()}, for {self.qtype.name}."
             )
         blocks = np.zeros((n_rows * n_blocks, self.type_size), np.uint8)
-        fields = (points.indices, points.signs, scales.astype(np.uint8))
+        fields = (points.indices, points.signs, scales.astype(np.uint8), halves.view("<u2"))
         whole = [values.reshape(len(blocks), -1) for values in fields]
         for part, *values in zip(_slices(blocks), *map(_slices, whole), strict=True):
             bits = np.zeros((len(part), 8 * self.type_size), np.uint8)
@@ -150,7 +180,6 @@ class LatticeFormat:
                 places = np.arange(positions.shape[1])
                 bits[:, positions] = (one[:, :, None] >> places.astype(one.dtype)) & 1
             part[:] = np.packbits(bits, axis=1, bitorder="little")
-        Half(0).write(blocks, points.super_scale.reshape(-1, 1) / np.float32(self.unit))
         return blocks.reshape(n_rows, n_blocks * self.type_size)
 
     def decode(self, points: Points) -> Floats:
@@ -170,15 +199,16 @@ class LatticeFormat:
         return Half(0).snap(values / unit) * unit
 
     @property
-    def _fields(self) -> tuple[_Positions, _Positions, _Positions]:
-        return self._indices, self._signs, self._scales
+    def _fields(self) -> tuple[_Positions, ...]:
+        return self._indices, self._signs, self._scales, self._super_scale
 
-    def _read(self, blocks: Bytes) -> tuple[Indices, Bytes, Bytes]:
+    def _read(self, blocks: Bytes) -> tuple[Indices, Bytes, Bytes, Indices]:
         bits = np.unpackbits(blocks, axis=1, bitorder="little")
         return (
             _numbers(bits, self._indices).astype(np.uint16),
             _numbers(bits, self._signs).astype(np.uint8),
             _numbers(bits, self._scales).astype(np.uint8),
+            _numbers(bits, self._super_scale).astype("<u2"),
         )
 
 
@@ -217,8 +247,14 @@ def _lattices() -> tuple[LatticeFormat, ...]:
                        74..81 scales of 16 weights
         IQ3_XXS  0 d   2..65 indices   8 times, from 66: 4 × 7 signs, 4 of scale
         IQ3_S    0 d   2..65 bits 7..0 of indices   66..73 bit 8   74..105 signs   106..109 scales
+        IQ1_S    0 d   2..33 bits 7..0 of indices   8 times, from 34: 4 × bits 10 9 8, 3 of scale,
+                       bit 11 of all four indices
+        IQ1_M    0..31 bits 7..0 of indices   32..47 bits 11 10 9 8   4 times, from 48: 4 × 3 of
+                       scales, 4 of d
     """
-    n8, n4 = range(_BLOCK // 8), range(_BLOCK // 4)
+    n16, n8, n4 = range(_BLOCK // 16), range(_BLOCK // 8), range(_BLOCK // 4)
+    first = _bits([0], 16)
+    none = np.empty((len(n8), 0), np.intp)
 
     def packed_signs(first: int, every: int) -> tuple[_Positions, _Positions]:
         """Signs and scales of 32 bits each: four times seven, and four."""
@@ -232,27 +268,43 @@ def _lattices() -> tuple[LatticeFormat, ...]:
         )
         return np.hstack([_bits([low + i for i in count], 8), top])
 
+    groups_of_four = [34 + 2 * (i // 4) for i in n8]
     return (
         LatticeFormat(
-            _T.IQ2_XXS, _points(_T.IQ2_XXS), 32, 0.125, True,
-            _bits([2 + 8 * (i // 4) + i % 4 for i in n8], 8), *packed_signs(6, 8),
+            _T.IQ2_XXS, _points(_T.IQ2_XXS), 32, 0.125, Signs.EVEN,
+            _bits([2 + 8 * (i // 4) + i % 4 for i in n8], 8), *packed_signs(6, 8), first,
         ),
         LatticeFormat(
-            _T.IQ2_XS, _points(_T.IQ2_XS), 16, 0.125, True,
+            _T.IQ2_XS, _points(_T.IQ2_XS), 16, 0.125, Signs.EVEN,
             _bits([2 + 2 * i for i in n8], 9), _bits([2 + 2 * i for i in n8], 7, 9),
-            _nibbles(66, 16),
+            _nibbles(66, 16), first,
         ),
         LatticeFormat(
-            _T.IQ2_S, _points(_T.IQ2_S), 16, 0.125, False,
-            split(2, 66, 2, n8), _bits([34 + i for i in n8], 8), _nibbles(74, 16),
+            _T.IQ2_S, _points(_T.IQ2_S), 16, 0.125, Signs.FREE,
+            split(2, 66, 2, n8), _bits([34 + i for i in n8], 8), _nibbles(74, 16), first,
         ),
         LatticeFormat(
-            _T.IQ3_XXS, _points(_T.IQ3_XXS), 32, 0.25, True,
-            _bits([2 + i for i in n4], 8), *packed_signs(66, 4),
+            _T.IQ3_XXS, _points(_T.IQ3_XXS), 32, 0.25, Signs.EVEN,
+            _bits([2 + i for i in n4], 8), *packed_signs(66, 4), first,
         ),
         LatticeFormat(
-            _T.IQ3_S, _points(_T.IQ3_S), 32, 1.0, False,
-            split(2, 66, 1, n4), _bits([74 + i for i in n8], 8), _nibbles(106, 8),
+            _T.IQ3_S, _points(_T.IQ3_S), 32, 1.0, Signs.FREE,
+            split(2, 66, 1, n4), _bits([74 + i for i in n8], 8), _nibbles(106, 8), first,
+        ),
+        LatticeFormat(
+            _T.IQ1_S, _shifted(_points(_T.IQ1_S)), 32, 1.0, Signs.NONE,
+            np.hstack([
+                _bits([2 + i for i in n8], 8),
+                _bits(groups_of_four, 3, [3 * (i % 4) for i in n8]),
+                _bits(groups_of_four, 1, 15),
+            ]),
+            none, _bits([34 + 2 * g for g in range(8)], 3, 12), first, n_parts=2,
+        ),
+        LatticeFormat(
+            _T.IQ1_M, _shifted(_points(_T.IQ1_M)), 16, 1.0, Signs.NONE,
+            np.hstack([_bits(list(n8), 8), _nibbles(32, 32)]),
+            none, _bits([48 + 2 * (g // 4) for g in n16], 3, [3 * (g % 4) for g in n16]),
+            np.hstack([_bits([48 + 2 * i], 4, 12) for i in range(4)]),
         ),
     )  # fmt: skip
 
@@ -262,6 +314,11 @@ def _points(qtype: GGMLQuantizationType) -> Floats:
     known = getattr(gguf.quants, qtype.name)
     known.init_grid()
     return np.ascontiguousarray(known.grid.reshape(known.grid_shape), np.float32)
+
+
+def _shifted(points: Floats) -> Floats:
+    """Return every point moved up, then every point moved down."""
+    return np.concatenate([points + np.float32(_IQ1_SHIFT), points - np.float32(_IQ1_SHIFT)])
 
 
 LATTICES: dict[GGMLQuantizationType, LatticeFormat] = {known.qtype: known for known in _lattices()}

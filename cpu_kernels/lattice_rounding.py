@@ -1,6 +1,8 @@
 """Choose lattice points and scales under a full Hessian, as ``rounding`` does for single codes.
 
 Eight weights are chosen at a time: one point of eight coordinates, or two of four, and their signs.
+Points are given by parts; all of a group of weights are of one part. A ``sign_rule`` is one of
+``lattice_formats.Signs``.
 The nearest point is searched over all points with one weight for each coordinate; what it does to
 the loss ½ tr(E H Eᵀ) is then computed with the full Hessian. Rows are independent.
 """
@@ -18,12 +20,13 @@ Indices = npt.NDArray[np.uint16]
 
 _UNIT = 8  # weights that share a byte of signs
 _HALF_UNIT = 4
+_NONE, _EVEN = 0, 2  # of lattice_formats.Signs
 
 
 @kernel(reorder=True)
 def _scan(
-    start: int, target: Floats, weight: Floats, s: np.float32, points: Floats, costs: Floats,
-    flips: Floats, has_flip: bool, prepared: Floats,
+    start: int, target: Floats, weight: Floats, s: np.float32, points: Floats, is_signed: bool,
+    costs: Floats, flips: Floats, has_flip: bool, prepared: Floats,
 ) -> None:  # fmt: skip
     """Set each point's squared error; and the least that the flip of one sign adds to it.
 
@@ -36,13 +39,14 @@ def _scan(
     target, weight : (8,) what is wanted, and how much its squared error counts
     s : scale, above 0
     points : (point size, n_points)
+    is_signed : points have signs of their own; else those of the target are free
     costs, flips : (n_points,) written; `flips` only if `has_flip`
     prepared : (24,) or more, written
     """
     n_points = points.shape[1]
     wanted, factor, flip = prepared[:8], prepared[8:16], prepared[16:24]
     for j in range(points.shape[0]):
-        wanted[j] = np.abs(target[start + j]) / s
+        wanted[j] = (target[start + j] if is_signed else np.abs(target[start + j])) / s
         factor[j] = weight[start + j] * s * s
         flip[j] = np.float32(4) * factor[j] * wanted[j]
     if points.shape[0] == _UNIT:
@@ -93,7 +97,7 @@ def _least(costs: Floats) -> int:
 
 @kernel()
 def _nearest_unit(
-    target: Floats, weight: Floats, s: np.float32, points: Floats, has_parity: bool,
+    target: Floats, weight: Floats, s: np.float32, points: Floats, sign_rule: int,
     values: Floats, indices: Indices, scratch: Floats,
 ) -> np.uint8:  # fmt: skip
     """Choose the points and signs of eight weights; return the signs.
@@ -107,12 +111,13 @@ def _nearest_unit(
     scratch : (3, n_points) written
     """
     size = points.shape[0]
+    is_signed = sign_rule == _NONE
     n_minus, signs = 0, 0
     for j in range(_UNIT):
-        if target[j] < np.float32(0):
+        if target[j] < np.float32(0) and not is_signed:
             n_minus += 1
             signs |= 1 << j
-    is_odd = has_parity and n_minus % 2 == 1
+    is_odd = sign_rule == _EVEN and n_minus % 2 == 1
     flipped_part = -1
     flipped_point = 0
     least_extra = np.float32(np.inf)
@@ -121,7 +126,7 @@ def _nearest_unit(
         if not s > np.float32(0):
             continue
         costs, flips = scratch[0], scratch[1]
-        _scan(part * size, target, weight, s, points, costs, flips, is_odd, scratch[2])
+        _scan(part * size, target, weight, s, points, is_signed, costs, flips, is_odd, scratch[2])
         best = _least(costs)
         indices[part] = best
         if is_odd:
@@ -151,7 +156,7 @@ def _nearest_unit(
 @kernel(parallel=True, reorder=True)
 def feed_back_points(
     weights: Floats, upper: Floats, metric: Floats, group: Ints, scale: Floats, points: Floats,
-    has_parity: bool, indices: Indices, signs: Bytes, values: Floats,
+    sign_rule: int, indices: Indices, signs: Bytes, values: Floats,
 ) -> None:  # fmt: skip
     """Round eight columns after another, pushing each error onto the columns not yet rounded.
 
@@ -162,8 +167,9 @@ def feed_back_points(
     metric : (m,) how much a squared error of a column counts, the columns behind compensating
     group : (m / 8,) which group the scale of eight columns is
     scale : (n_rows, n_groups)
-    points : (point size, n_points)
-    indices, signs, values : (n_rows, m / point size), (n_rows, m / 8), (n_rows, m) written
+    points : (n_parts, point size, n_points)
+    indices, signs, values : (n_rows, m / point size), (n_rows, m / 8), (n_rows, m) written; indices
+        keep their parts
 
     References
     ----------
@@ -171,18 +177,21 @@ def feed_back_points(
     arXiv:2409.17066, section 3.1, for what a vector's error counts.
     """
     m = weights.shape[1]
-    per_unit = _UNIT // points.shape[0]
+    per_unit = _UNIT // points.shape[1]
+    n_points = points.shape[2]
     for row in numba.prange(weights.shape[0]):
         w = weights[row]
-        scratch = np.empty((3, points.shape[1]), np.float32)
+        scratch = np.empty((3, n_points), np.float32)
         for unit in range(m // _UNIT):
             first = _UNIT * unit
             last = first + _UNIT
-            chosen = values[row, first:last]
+            own = indices[row, per_unit * unit : per_unit * (unit + 1)]
+            part = own[0] // n_points
             signs[row, unit] = _nearest_unit(
-                w[first:last], metric[first:last], scale[row, group[unit]], points, has_parity,
-                chosen, indices[row, per_unit * unit : per_unit * (unit + 1)], scratch,
+                w[first:last], metric[first:last], scale[row, group[unit]], points[part], sign_rule,
+                values[row, first:last], own, scratch,
             )  # fmt: skip
+            own += np.uint16(part * n_points)
             for j in range(first, last):
                 error = (w[j] - values[row, j]) / upper[j, j]
                 for k in range(j + 1, m):
@@ -192,7 +201,7 @@ def feed_back_points(
 
 @kernel(parallel=True, reorder=True)
 def descend_points(
-    gradient: Floats, hessian: Floats, inverses: Floats, points: Floats, has_parity: bool,
+    gradient: Floats, hessian: Floats, inverses: Floats, points: Floats, sign_rule: int,
     group_size: int, super_scale: Floats, sub_scale: Floats, max_sub_scale: int, indices: Indices,
     signs: Bytes, values: Floats, reach: int, n_passes: int,
 ) -> None:  # fmt: skip
@@ -203,18 +212,19 @@ def descend_points(
     gradient : (n_rows, m) (E H) at the block's columns, written
     hessian : (m, m) of the block
     inverses : (m / 8, 8, 8) of the Hessian's blocks of eight columns
-    points : (point size, n_points)
+    points : (n_parts, point size, n_points)
     super_scale : (n_rows,)
     sub_scale : (n_rows, m / group_size) written, odd numbers from 1 to `max_sub_scale`
     indices, signs, values : (n_rows, m / point size), (n_rows, m / 8), (n_rows, m) written
     reach : sub-scales tried to both sides
-    n_passes : times that all columns are visited; sub-scales are tried in the first
+    n_passes : times that all columns are visited; sub-scales and parts are tried in the first
     """
     n_rows, m = values.shape
-    per_unit = _UNIT // points.shape[0]
+    n_parts, size, n_points = points.shape
+    per_unit = _UNIT // size
     n_units = group_size // _UNIT
     for row in numba.prange(n_rows):
-        scratch = np.empty((3, points.shape[1]), np.float32)
+        scratch = np.empty((3, n_points), np.float32)
         work = np.empty((5, group_size), np.float32)  # best, trial, its gradient, wanted, one unit
         best_indices = np.empty((2, n_units * per_unit), np.uint16)
         best_signs = np.empty((2, n_units), np.uint8)
@@ -222,15 +232,20 @@ def descend_points(
             for q in range(m // group_size):
                 start = q * group_size
                 old = sub_scale[row, q]
+                old_part = indices[row, start // size] // n_points
                 best_change, best_scale = np.float32(0), np.float32(-1)
                 tried = reach if p == 0 else 0
-                for number in range(2 * tried + 1):
-                    s = old + np.float32(2 * (number - tried))
+                n_tried = 2 * tried + 1
+                for number in range(n_tried * n_parts):
+                    step, part = number % n_tried - tried, (old_part + number // n_tried) % n_parts
+                    s = old + np.float32(2 * step)
                     if s < np.float32(1) or s > np.float32(max_sub_scale):
                         continue
+                    if p > 0 and part != old_part:
+                        continue
                     change = _try_group(
-                        start, super_scale[row] * s, number == tried, values[row], gradient[row],
-                        hessian, inverses, points, has_parity,
+                        start, super_scale[row] * s, step == 0 and part == old_part, values[row],
+                        gradient[row], hessian, inverses, points[part], part * n_points, sign_rule,
                         indices[row], signs[row], work[1:], best_indices[1], best_signs[1], scratch,
                     )  # fmt: skip
                     if change < best_change:
@@ -256,14 +271,15 @@ def descend_points(
 @kernel(reorder=True)
 def _try_group(
     start: int, s: np.float32, is_own: bool, values: Floats, gradient: Floats, hessian: Floats,
-    inverses: Floats, points: Floats, has_parity: bool, indices: Indices, signs: Bytes,
-    work: Floats, trial_indices: Indices, trial_signs: Bytes, scratch: Floats,
+    inverses: Floats, points: Floats, first_index: int, sign_rule: int, indices: Indices,
+    signs: Bytes, work: Floats, trial_indices: Indices, trial_signs: Bytes, scratch: Floats,
 ) -> np.float32:  # fmt: skip
     """Choose a group's points anew at scale s, eight weights after another.
 
     Parameters
     ----------
-    is_own : s is the group's own scale, so that a unit may stay as it is
+    is_own : s and the part are the group's own, so that a unit may stay as it is
+    points : (point size, n_points) of one part, which starts at `first_index`
     work : (4, group_size) written: the group's values, its gradient, what is wanted, one unit
     trial_indices, trial_signs : of the group, written
 
@@ -289,9 +305,10 @@ def _try_group(
         chosen = trial[first : first + _UNIT]
         own = trial_indices[per_unit * unit : per_unit * (unit + 1)]
         trial_signs[unit] = _nearest_unit(
-            wanted[first : first + _UNIT], weight[first : first + _UNIT], s, points, has_parity,
+            wanted[first : first + _UNIT], weight[first : first + _UNIT], s, points, sign_rule,
             chosen, own, scratch,
         )  # fmt: skip
+        own += np.uint16(first_index)
         change = np.float32(0)
         for i in range(_UNIT):
             row = np.float32(0)

@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.gguf_file import tensor_bytes
 from cpu_kernels.block_formats import FORMATS
+from cpu_kernels.lattice_formats import LATTICES
 from edgeq.allocation.costs import (
     Budget,
     Candidate,
@@ -139,11 +140,8 @@ def _given_costs(path: Path, measurer: Measurer) -> Costs:
 
 
 def default_types(quantizer: Quantizer) -> tuple[GGMLQuantizationType, ...]:
-    """Return the types that tensors may get: of a quantizer that feeds errors back, its own grids.
-
-    Lattice types it can only round to nearest; at about equal bits that is worse, see DECISIONS.md.
-    """
-    return tuple(t for t in TYPES if not quantizer.uses_hessian or t in FORMATS)
+    """Return the types that tensors may get: of a quantizer that feeds errors back, its own."""
+    return tuple(t for t in TYPES if not quantizer.uses_hessian or t in FORMATS or t in LATTICES)
 
 
 def parse_types(text: str) -> tuple[GGMLQuantizationType, ...]:

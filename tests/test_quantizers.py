@@ -163,10 +163,10 @@ def test_second_moments_that_are_not_finite_or_of_another_model_are_refused():
 
 def test_what_cannot_be_rounded_with_feedback_is_rtn_and_the_facts_say_why():
     weight, inputs = ordinary(256)
-    rtn = RoundToNearest().quantize("w", weight, T.IQ1_S, inputs).packed
-    found = Gptq().quantize("w", weight, T.IQ1_S, inputs)
+    rtn = RoundToNearest().quantize("w", weight, T.Q1_0, inputs).packed
+    found = Gptq().quantize("w", weight, T.Q1_0, inputs)
     assert np.array_equal(found.packed, rtn)
-    assert found.facts == {"fallback": "rtn: IQ1_S is no grid that is known here"}
+    assert found.facts == {"fallback": "rtn: Q1_0 is no grid that is known here"}
     known = Gptq().quantize("w", weight, T.Q4_K, dataclasses.replace(inputs, hessian=None))
     assert np.array_equal(known.packed, encode(weight, T.Q4_K, inputs.importances))
     assert known.facts == {"fallback": "rtn: no second moments of its inputs"}

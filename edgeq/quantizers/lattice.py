@@ -1,4 +1,4 @@
-"""Error feedback and descent onto the points of a lattice: IQ2 and IQ3.
+"""Error feedback and descent onto the points of a lattice: IQ1, IQ2 and IQ3.
 
 As ``feedback`` and ``descent``, eight columns at a time. Scales start from ggml's
 importance-weighted search; the points are chosen anew.
@@ -74,7 +74,7 @@ def feed_back_errors(
 
     Parameters
     ----------
-    start : its points are not used
+    start : its points are not used, but for the part of all points that a group's are of
     weight : (n_out, n_in) float32
     factored : in an order of ``by_units``
     """
@@ -86,12 +86,12 @@ def feed_back_errors(
     made = start.copy()
     indices = made.points.indices.reshape(len(weight), len(units), -1)
     left = np.ascontiguousarray(weight[:, order])
-    grid = np.ascontiguousarray(fmt.points.T)
+    grid = _by_part(fmt)
     for first in range(0, len(order), _BATCH):
         batch = slice(first, min(first + _BATCH, len(order)))
         now = np.ascontiguousarray(left[:, batch])
         mine = units[batch.start // UNIT : batch.stop // UNIT]
-        chosen = np.empty((len(now), len(mine) * indices.shape[2]), np.uint16)
+        chosen = indices[:, mine].reshape(len(now), -1)
         signs = np.empty((len(now), len(mine)), np.uint8)
         feed_back_points(
             now,
@@ -100,7 +100,7 @@ def feed_back_errors(
             mine * UNIT // fmt.group_size,
             scale,
             grid,
-            fmt.has_parity,
+            int(fmt.sign_rule),
             chosen,
             signs,
             np.empty_like(now),
@@ -144,7 +144,7 @@ def lower_loss(
     """
     fmt, points = rounding.fmt, rounding.points
     size, per_block = fmt.block_size, fmt.block_size // fmt.group_size
-    grid = np.ascontiguousarray(fmt.points.T)
+    grid = _by_part(fmt)
     error = rounding.values - weight
     for block in range(weight.shape[1] // size):
         columns = slice(block * size, (block + 1) * size)
@@ -158,7 +158,7 @@ def lower_loss(
             part,
             inverses,
             grid,
-            fmt.has_parity,
+            int(fmt.sign_rule),
             fmt.group_size,
             own.super_scale[:, 0].copy(),
             own.sub_scale,
@@ -177,6 +177,12 @@ def lower_loss(
             whole[:, block * width : (block + 1) * width] = array
         rounding.values[:, columns] = fmt.decode(own)
         error[:, columns] = rounding.values[:, columns] - weight[:, columns]
+
+
+def _by_part(fmt: LatticeFormat) -> FloatArray:
+    """Return the points as the kernels take them, (n_parts, point size, n_points of a part)."""
+    parts = fmt.points.reshape(fmt.n_parts, -1, fmt.point_size)
+    return np.ascontiguousarray(parts.transpose(0, 2, 1))
 
 
 def _cut(points: Points, block: int, size: int, per_block: int, point_size: int) -> Points:
