@@ -184,7 +184,7 @@ def _observe(
 ) -> Seen:
     texts = _texts(recipe, reference, quantizer, work, steps)
     imatrix = _imatrix(recipe, reference, texts, work, steps)
-    importances = _importances(imatrix, reference.file)
+    importances = importances_of(imatrix, reference.file)
     weighed_by = None if importances is None else values_sha256(importances)
     return Seen(texts, imatrix, importances, weighed_by)
 
@@ -301,7 +301,7 @@ def matrix_sizes(file: GgufFile) -> dict[str, tuple[int, int]]:
     }
 
 
-def _importances(imatrix: Imatrix | None, file: GgufFile) -> Importances | None:
+def importances_of(imatrix: Imatrix | None, file: GgufFile) -> Importances | None:
     """Return the mean squared inputs as llama-quantize computes them, (n_mat, n_in) a tensor."""
     if imatrix is None:
         return None

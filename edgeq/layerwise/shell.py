@@ -142,7 +142,7 @@ class Shell:
             if not f"{path}.".startswith(f"{self._prefix}."):
                 self._make_buffers(path, part)
         output = self._model.get_output_embeddings().weight
-        return Weight(output, self._origins[_output_name(self._model)])
+        return Weight(output, self._origins[output_name(self._model)])
 
     def _filled(
         self,
@@ -209,7 +209,7 @@ def open_shell(reference: GgufFile, checkpoint: Path | None) -> Shell:
     named = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     plain = settings(model.config.to_dict(), architecture)
-    output = _output_name(model)
+    output = output_name(model)
     return Shell(reference, model, origins_of(shapes, reference, architecture, plain, output))
 
 
@@ -224,7 +224,8 @@ def _find_layers(model: Any, n_layers: int) -> tuple[str, Any]:
     )
 
 
-def _output_name(model: Any) -> str:
+def output_name(model: Any) -> str:
+    """Return the name of the output matrix among a model's parameters."""
     output = model.get_output_embeddings()
     return next(f"{name}.weight" for name, module in model.named_modules() if module is output)
 

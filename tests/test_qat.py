@@ -1,0 +1,164 @@
+"""Quantization-aware training: what is simulated is what the exported file holds."""
+
+import json
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert
+from converters.gguf_file import open_gguf
+from edgeq.errors import CalibrationError, RecipeError
+from tests import tiny_models
+from tests.command_line import done
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+qat = pytest.importorskip("edgeq.qat")
+
+T = GGMLQuantizationType
+TOKENS = torch.tensor(np.random.RandomState(0).randint(3, 400, (2, 24)))
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Return a function that builds (model, its directory, its GGUF, a plan, an imatrix)."""
+
+    def make(name, preset="Q4_0"):
+        directory = tiny_models.build(name, tmp_path).directory
+        path, plan = tmp_path / f"{name}.gguf", tmp_path / f"{name}.json"
+        convert(open_checkpoint(directory), path, ftype="f32")
+        done("plan", path, "-o", plan, "--type", preset)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model, directory, path, plan
+
+    return make
+
+
+def trained(model, n_steps=3):
+    """Take steps on a loss that has a gradient everywhere, and return its values."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def exported(directory, source, plan, out, *flags):
+    """Export what was saved; the tokenizer is the source's."""
+    for path in source.iterdir():
+        if not (directory / path.name).exists():
+            (directory / path.name).write_bytes(path.read_bytes())
+    done("export", directory, out, "--plan", plan, "--quantizer", "rtn", "--no-prove", *flags)
+    return open_gguf(out)
+
+
+FAMILIES = ("llama3", "qwen2", "gemma3", "phi-longrope", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"), [*((name, "straight-through") for name in FAMILIES), ("llama3", "trust")]
+)
+def test_the_file_holds_what_was_simulated(name, estimator, prepared, tmp_path):
+    """The fine-tuned model's logits are those of a model that is loaded from the exported file."""
+    model, directory, path, plan = prepared(name)
+    before = model(input_ids=TOKENS).logits.detach()
+    qat.simulate(model, path, plan, estimator=estimator)
+    assert (model(input_ids=TOKENS).logits - before).abs().max() > 1e-3
+    losses = trained(model)
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        simulated = model(input_ids=TOKENS).logits
+    saved, out = tmp_path / "saved", tmp_path / "out.gguf"
+    qat.save(model, saved)
+    with torch.no_grad():
+        assert (model(input_ids=TOKENS).logits - simulated).abs().max() > 1e-3  # float again
+    file = exported(saved, directory, plan, out, "--no-imatrix")
+    assert any(info.qtype == T.Q4_0 for info in file.tensors.values())
+    layerwise = pytest.importorskip("edgeq.layerwise").LayerwiseModel.open(file, directory)
+    states = layerwise.embed(TOKENS.numpy().astype(np.int32))
+    for layer in range(layerwise.n_layers):
+        loaded = layerwise.load(layer)
+        states = [loaded.run(hidden) for hidden in states]
+    for hidden, wanted in zip(states, simulated, strict=True):
+        np.testing.assert_allclose(layerwise.logits(hidden), wanted, rtol=0, atol=2e-4)
+
+
+def test_importances_and_mixed_types_are_those_of_the_export(prepared, tmp_path):
+    """k-quants with an imatrix, one tensor left float."""
+    model, directory, path, plan = prepared("smollm2", "Q8_0")
+    told = json.loads(plan.read_text())
+    told["tensors"]["blk.0.ffn_up.weight"]["type"] = "F16"
+    told["tensors"]["blk.1.ffn_down.weight"]["type"] = "Q4_1"
+    plan.write_text(json.dumps(told))
+    imatrix = tmp_path / "imatrix.gguf"
+    done("calibrate", path, "-o", imatrix, "--text", text_file(tmp_path))
+    qat.simulate(model, path, plan, imatrix=imatrix, n_threads=1)
+    trained(model, 1)
+    layers = model.model.layers
+    up, down = layers[0].mlp.up_proj, layers[1].mlp.down_proj
+    simulated = down.weight.detach().numpy().copy()
+    assert not hasattr(up, "parametrizations")
+    qat.save(model, tmp_path / "saved")
+    out = tmp_path / "out.gguf"
+    file = exported(tmp_path / "saved", directory, plan, out, "--imatrix", imatrix)
+    np.testing.assert_array_equal(file.read_float("blk.1.ffn_down.weight"), simulated)
+
+
+def text_file(directory):
+    path = directory / "text.txt"
+    path.write_text(" ".join(f"a word {n}" for n in range(4000)))
+    return path
+
+
+def test_a_tied_output_stays_the_embedding(prepared, tmp_path):
+    model, _, path, plan = prepared("smollm2")
+    qat.simulate(model, path, plan)
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert head.parametrizations.weight.original is embedding.parametrizations.weight.original
+    trained(model, 1)
+    assert torch.equal(head.weight, embedding.weight)
+    qat.save(model, tmp_path / "saved")
+    assert head.weight is embedding.weight
+
+
+def test_trust_gives_no_gradient_to_what_is_far_from_its_rounded_value(prepared):
+    model, _, path, plan = prepared("smollm2")
+    gradients = {}
+    for estimator in qat.ESTIMATORS:
+        simulated = transformers.AutoModelForCausalLM.from_config(model.config)
+        simulated.load_state_dict(model.state_dict())
+        qat.simulate(simulated, path, plan, estimator=estimator)
+        simulated(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        weight = simulated.model.layers[0].mlp.up_proj.parametrizations.weight.original
+        rounded = simulated.model.layers[0].mlp.up_proj.weight
+        gradients[estimator] = weight.grad
+    error = (weight - rounded).detach().abs()
+    is_far = error > error.square().mean().sqrt()
+    assert 0.1 < is_far.float().mean() < 0.9
+    assert not gradients["trust"][is_far].any()
+    assert torch.equal(gradients["trust"][~is_far], gradients["straight-through"][~is_far])
+    assert gradients["straight-through"][is_far].any()
+
+
+def test_what_does_not_fit_is_refused(prepared, tmp_path):
+    model, _, path, plan = prepared("smollm2")
+    with pytest.raises(
+        RecipeError, match=r"unknown estimator .lsq.; known: straight-through, trust"
+    ):
+        qat.simulate(model, path, plan, estimator="lsq")
+    with pytest.raises(CalibrationError, match="none of its weights is simulated"):
+        qat.save(model, tmp_path / "saved")
+    with pytest.raises(CalibrationError, match="no architecture that edgeq converts"):
+        qat.simulate(model.model, path, plan)
+    with pytest.raises(CalibrationError, match=r"expected torch\.float32"):
+        qat.simulate(model.to(torch.bfloat16), path, plan)
+    other, _, _, _ = prepared("qwen2")
+    with pytest.raises(CalibrationError, match=r"different models|no place"):
+        qat.simulate(other, path, plan)
+    assert not (tmp_path / "saved").exists()
