@@ -315,6 +315,36 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
 
 @cli.command()
 @click.argument("model")
+@click.argument("out", type=_PATH)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    default=("values",),
+    show_default=True,
+    help="residual (R1), values (R2); repeatable.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_input
+@_common
+def rotate(
+    model: str, out: Path, kinds: tuple[str, ...], seed: int, as_json: bool, verbose: int,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Turn the basis of a float model.
+
+    MODEL: a Hugging Face directory or float GGUF. OUT: a GGUF of the same function, in F32. The
+    residual stream unties the output matrix from the embedding: the file grows by it.
+    """
+    from edgeq import commands
+
+    source = _source_choice(options, out)
+    result = commands.rotate(model, out, kinds, seed=seed, source=source, steps=_start(verbose))
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("model")
 @click.option("-o", "--out", type=_PATH, required=True, help="imatrix.gguf, or a legacy *.dat.")
 @click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
 @_texts

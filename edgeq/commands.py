@@ -31,6 +31,7 @@ from edgeq.registry import Plugin
 from edgeq.results import FileResult, Measured, Written
 from edgeq.runtime.model import Model
 from edgeq.texts import Part, check_unused, make_part, prepare, read_sources
+from edgeq.transforms import write_rotated
 from edgeq.workdir import WorkDirectory
 
 
@@ -56,7 +57,8 @@ def convert(
         path = resolve_model(model)
         if not path.is_dir():
             raise ConversionError(
-                f"{path}: is a GGUF file already. Use edgeq export to quantize it."
+                f"{path}: is a GGUF file already. Use edgeq export to quantize it, edgeq rotate to "
+                "change its basis."
             )
         checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
         n_bytes = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
@@ -68,13 +70,37 @@ def convert(
             split_max_bytes=split_max_bytes,
             progress=counting(progress, n_bytes),
         )
+    return _written(paths, steps.seconds["convert"])
+
+
+def rotate(
+    model: str, out: Path, kinds: Sequence[str], *, seed: int, source: SourceChoice, steps: Steps
+) -> Written:
+    """Write a model in a rotated basis, as F32.
+
+    Raises
+    ------
+    ConversionError
+        The model cannot be read or converted, or the file not written.
+    RecipeError
+        It is quantized, or its architecture cannot be rotated so.
+    """
+    check_output(out, (model,))
+    with WorkDirectory(source.work) as work:
+        reference = open_reference(model, source, work, steps)
+        with steps.step("rotate"):
+            paths = write_rotated(reference.file, out, kinds, seed=seed)
+    return _written(paths, steps.seconds["rotate"])
+
+
+def _written(paths: Sequence[Path], seconds: float) -> Written:
     file = open_gguf(paths[0])
     figures = {
         "architecture": file.architecture,
         "tensors": len(file.tensors),
         "parameters": file.n_parameters,
         "bytes": file.size_bytes,
-        "seconds": round(steps.seconds["convert"], 2),
+        "seconds": round(seconds, 2),
     }
     return Written(tuple(paths), figures)
 

@@ -173,7 +173,7 @@ def test_convert_writes_the_checkpoints_own_type(built_checkpoint, tmp_path):
 
 def test_convert_takes_no_gguf(tiny, tmp_path):
     line = refused("convert", tiny, tmp_path / "out.gguf")
-    assert "is a GGUF file already. Use edgeq export to quantize it." in line
+    assert "is a GGUF file already. Use edgeq export to quantize it, edgeq rotate to" in line
     assert files_under(tmp_path) == set()
 
 

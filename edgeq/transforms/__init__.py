@@ -1,12 +1,14 @@
-"""Function-preserving folds: diagonal scales that move between tensors and make them round better.
+"""What keeps a model's function and makes it round better: scales that move, bases that turn.
 
 ``fold_sites`` says where one GGUF file allows it, ``search_scales`` whether and how strongly it
 pays with the quantizer that is exported, ``tensor_scales`` what becomes of each tensor, and
 ``check_preserved`` proves through llama.cpp that the float model's function is the same.
+``write_rotated`` turns the basis of the residual stream and of the heads' values.
 """
 
 from edgeq.transforms.loss import QuantizerLoss
 from edgeq.transforms.proof import check_preserved, write_folded
+from edgeq.transforms.rotation import write_rotated
 from edgeq.transforms.scales import (
     TensorScales,
     apply,
@@ -35,4 +37,5 @@ __all__ = [
     "tensor_scales",
     "unfold",
     "write_folded",
+    "write_rotated",
 ]
