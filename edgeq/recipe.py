@@ -295,10 +295,7 @@ class Recipe:
 
     @property
     def costs_quantizer(self) -> str:
-        """What rounds in the costs: the quantizer; for auto the nearest, which is fast.
-
-        Its costs rank types as gptq's do, see DECISIONS.md.
-        """
+        """What rounds in the costs: the quantizer; for auto the nearest, which is fast."""
         return "rtn" if self.quantizer == "auto" else self.quantizer
 
     def as_json(self) -> dict[str, Any]:
