@@ -240,6 +240,7 @@ class _Layer:
             entry.name: Inputs(importances_of(entry.name, entry.shape, importances))
             for entry in entries
         }
+        self.shifts: dict[str, FloatArray] = {}  # of biases, in what the folds make of them
         self.facts: dict[str, dict[str, float | str]] = {}
         self.folds: dict[str, dict[str, float | str]] = {}
 
@@ -249,8 +250,10 @@ class _Layer:
         arrays: dict[str, npt.NDArray[Any]] = {}
         for name, qtype in self.qtypes.items():
             arrays[name] = self._quantize(name, qtype, moments.get(name), scales.get(name))
-        for name in scales.keys() - self.qtypes.keys():
+        for name in scales.keys() - self.qtypes.keys() - self.shifts.keys():
             arrays[name] = self._scaled(name, scales[name])
+        for name, shift in self.shifts.items():
+            arrays[name], arrays[f"effective/{name}"] = self._shifted(name, shift, scales.get(name))
         for name, one in scales.items():
             arrays[f"row/{name}"], arrays[f"column/{name}"] = one.row, one.column
         about = {"facts": self.facts, "folds": self.folds}
@@ -319,6 +322,10 @@ class _Layer:
         weight = self._weight(name)
         shape = weight.shape
         importances = inputs.importances
+        bias = name.removesuffix("weight") + "bias"
+        mean = None
+        if moments is not None and rules.quantizer.uses_hessian and self._is_float(bias):
+            moments, mean = moments.centred(), moments.mean
         hessian = None if moments is None else moments.hessian
         cross = None if moments is None else moments.cross
         if scales is not None:
@@ -326,13 +333,31 @@ class _Layer:
             importances = None if importances is None else fold_importances(importances, scales)
             hessian = None if hessian is None else fold_hessian(hessian, scales)
             cross = None if cross is None else fold_hessian(cross, scales)
+            mean = None if mean is None else mean / scales.column
         if rules.asymmetric > 0 and hessian is not None and cross is not None:
             weight = corrected(weight, hessian, cross, rules.asymmetric)
         rounded = rules.quantizer.quantize(
             name, weight, qtype, Inputs(importances, hessian), n_threads=rules.n_threads
         )
         self.facts[name] = dict(rounded.facts)
-        return _checked(name, qtype, rounded, shape)
+        packed = _checked(name, qtype, rounded, shape)
+        if mean is not None:
+            error = decode(rounded.packed, qtype).reshape(len(mean), -1, shape[-1])
+            error -= weight.reshape(error.shape)
+            self.shifts[bias] = np.einsum("gri,gi->gr", error, mean).ravel()
+        return packed
+
+    def _shifted(
+        self, name: str, shift: FloatArray, scales: TensorScales | None
+    ) -> tuple[Packed, FloatArray]:
+        """Return a bias less the mean error of its products, as the file has it and unfolded."""
+        bias = self._weight(name)
+        moved = (bias if scales is None else apply(bias, scales)) - shift
+        return moved.view(np.uint8), moved if scales is None else unfold(moved, scales)
+
+    def _is_float(self, bias: str) -> bool:
+        info = self.file.tensors.get(bias)
+        return info is not None and info.qtype == GGMLQuantizationType.F32
 
     def _scaled(self, name: str, scales: TensorScales) -> npt.NDArray[Any]:
         """Return a tensor that keeps its type, folded."""
@@ -413,6 +438,9 @@ def _effective(path: Path, file: GgufFile, plan: Plan) -> dict[str, FloatArray]:
     found: dict[str, FloatArray] = {}
     with safe_open(path, framework="numpy") as part:
         keys = set(part.keys())
+        for key in keys:
+            if key.startswith("effective/"):
+                found[key.removeprefix("effective/")] = part.get_tensor(key)
         for name in types.keys() & keys:
             if types[name] == file.tensors[name].qtype:
                 continue  # scaled only: the same after unfolding
@@ -429,7 +457,9 @@ def _effective(path: Path, file: GgufFile, plan: Plan) -> dict[str, FloatArray]:
 def _collect(path: Path, found: Quantized) -> None:
     with safe_open(path, framework="numpy") as part:
         about = json.loads((part.metadata() or {})["about"])
-        names = [key for key in part.keys() if not key.startswith(("row/", "column/"))]
+        names = [
+            key for key in part.keys() if not key.startswith(("row/", "column/", "effective/"))
+        ]
     found.paths.update(dict.fromkeys(names, path))
     found.facts.update(about["facts"])
     found.folds.update(about["folds"])

@@ -263,3 +263,25 @@ def test_a_batch_of_chunks_fits_into_memory():
     at_once = fisher.batch_of_chunks(25, 512 * 576 * 4)
     assert at_once >= 1
     assert fisher.batch_of_chunks(25, 1 << 60) == 1
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_centred_moments_are_those_about_the_weighted_mean(model, is_weighted):
+    """Without a mean (experts) they stay what they are."""
+    name = "blk.0.attn_q.weight"
+    weights = None
+    if is_weighted:
+        drawn = np.random.default_rng(0).uniform(0.2, 2, (1, *TOKENS.shape)).astype(np.float32)
+        weights = {name: drawn}
+    found = LayerwiseMoments(model, TOKENS, weights=weights, sequential=False).of_layer(0)
+    seen = inputs_of(model.load(0), model.embed(TOKENS))[name]
+    given = np.ones(TOKENS.shape) if weights is None else drawn[0] / drawn[..., 1:].mean()
+    w = np.concatenate([cut(rows, one) for rows, one in zip(seen, given, strict=True)])
+    x = np.concatenate(seen).astype(np.float64)
+    mean = w @ x / w.sum()
+    assert distance(found[name].mean[0], mean) < ROUNDING
+    expected = 2 / len(x) * ((x - mean) * w[:, None]).T @ (x - mean)
+    assert distance(found[name].centred().hessian[0], expected) < ROUNDING
+    for name in found:
+        if "exps" in name:
+            assert found[name].centred() is found[name]

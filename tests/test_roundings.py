@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert
 from converters.gguf_file import open_gguf
 from edgeq import roundings
 from edgeq.allocation import allocate
@@ -469,3 +471,43 @@ def test_corrected_weights_undo_what_changed_inputs_do():
     assert errors[0] > 1.05 * errors[1] > 1.05 * errors[2]
     best, *_ = np.linalg.lstsq(changed, inputs @ weight[0].T, rcond=None)
     assert errors[2] < 1.01 * error(best.T)  # but for the dampening
+
+
+@pytest.mark.parametrize("folds", ["none", "fold"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "stablelm"])
+def test_biases_make_the_mean_error_of_their_products_good(name, folds, texts, tmp_path):
+    """On the calibration text itself; layer 0, whose inputs are the float model's."""
+    directory = tiny_models.build(name, tmp_path).directory
+    path, out, work = tmp_path / "float.gguf", tmp_path / "out.gguf", tmp_path / "work"
+    convert(open_checkpoint(directory), path, ftype="f32")
+    flags = ("--quantizer", "gptq:sweeps=1", "--fisher", 0, "--transform", folds, "--work", work)
+    done("export", path, out, "--type", "Q4_0", "--text", texts[0], *SHORT, "--no-prove", *flags)
+    before, after = open_gguf(path), open_gguf(out)
+    with safe_open(work / "text.safetensors", framework="numpy") as file:
+        rows = file.get_tensor("calibration")
+    models = {g: layerwise.LayerwiseModel.open(g, directory) for g in (before, after)}
+    hidden = models[before].embed(rows)  # calibration saw the float embedding
+    products = {}
+    for gguf, model in models.items():
+        inputs = inputs_of(model.load(0), hidden)
+        weight = next(n for n in ("attn_q", "attn_qkv") if f"blk.0.{n}.bias" in gguf.tensors)
+        rows_of_q = slice(before.tensors["token_embd.weight"].shape[1])  # of v, folds scale rows
+        mean = inputs[f"blk.0.{weight}.weight"].mean(axis=0)
+        products[gguf] = {
+            source: (mean @ gguf.read_float(f"blk.0.{weight}.weight").T)[rows_of_q]
+            + source.read_float(f"blk.0.{weight}.bias")[rows_of_q]
+            for source in (before, after)
+        }
+    wanted = products[before][before]
+    error = np.abs(products[after][after] - wanted).max()
+    assert error < 0.2 * np.abs(products[after][before] - wanted).max()
+    for bias in (n for n in before.tensors if n.endswith("ffn_down.bias")):
+        assert not np.array_equal(before.read_float(bias), after.read_float(bias))
+
+
+def inputs_of(layer, chunks):
+    """What each weight of a layer sees, (n_rows, n_in)."""
+    seen = {}
+    for hidden in chunks:
+        layer.run(hidden, lambda p: seen.setdefault(p.name, []).append(p.inputs.copy()))
+    return {name: np.concatenate(rows) for name, rows in seen.items()}

@@ -6,7 +6,7 @@ of the float model: for models that torch cannot run.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -41,10 +41,21 @@ class Moments:
         (n_groups, n_in, n_in), each for as many of its rows, one after the other
     cross : (n_mat, n_in, n_in) float32, 2/N Σ w (x' − x) xᵀ, where x' is the input in the float
         model; None: not asked for
+    mean : (n_mat, n_in) float32, Σ w x / Σ w, or of groups of rows; None: not known
+    mass : (n_mat,) float32, Σ w / N
     """
 
     hessian: FloatArray
     cross: FloatArray | None = None
+    mean: FloatArray | None = None
+    mass: FloatArray | None = None
+
+    def centred(self) -> "Moments":
+        """Return the moments about the mean: what counts where a bias makes the mean error good."""
+        if self.mean is None or self.mass is None:
+            return self
+        root = self.mean * np.sqrt(2 * self.mass)[:, None]
+        return replace(self, hessian=self.hessian - root[:, :, None] * root[:, None, :])
 
 
 class MomentsSource(Protocol):
@@ -231,6 +242,8 @@ class _Sums:
         n_mat, n_in = (n_groups if self.is_plain else shape[0]), shape[-1]
         self.hessian = np.zeros((n_mat, n_in, n_in), np.float32)
         self.cross: FloatArray | None = None
+        self.total = np.zeros((n_mat, n_in), np.float32)
+        self.mass = np.zeros(n_mat, np.float32)
         self.counts: npt.NDArray[np.int64] = np.zeros(n_mat, np.int64)
 
     def is_for(self, shape: tuple[int, ...]) -> bool:
@@ -242,6 +255,8 @@ class _Sums:
     def add(
         self, matrix: int, inputs: FloatArray, weights: FloatArray, exact: FloatArray | None
     ) -> None:
+        self.total[matrix] += weights @ inputs
+        self.mass[matrix] += weights.sum()
         root = np.sqrt(weights)[:, None]
         exact = None if exact is None else exact * root
         inputs = inputs * root
@@ -263,7 +278,9 @@ class _Sums:
         twice = (2 / np.maximum(counts, 1)).astype(np.float32)
         cross = None if self.cross is None else self.cross * twice
         if self.is_plain:
-            return Moments(self.hessian * twice, cross)
+            mean = (self.total / np.maximum(self.mass, _TINY)[:, None]).astype(np.float32)
+            mass = (self.mass / np.maximum(self.counts, 1)).astype(np.float32)
+            return Moments(self.hessian * twice, cross, mean, mass)
         few = np.float32(n_in)
         pooled = self.hessian.sum(axis=0) * np.float32(2 / max(int(self.counts.sum()), 1))
         shrunk: FloatArray = (2 * self.hessian + few * pooled) / (counts + few)
