@@ -26,6 +26,7 @@ from cpu_kernels.block_formats_numbers import Half
 from cpu_kernels.lattice_formats import LATTICES, Points
 from edgeq.calibration.collector import free_bytes
 from edgeq.console import Progress
+from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import FloatArray, Packed
 from edgeq.runtime.model import Tokens
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
@@ -174,7 +175,13 @@ def tune(
     steps : at most
     seed : of the order of the chunks
     made_by : all that the result depends on
+
+    Raises
+    ------
+    CalibrationError
+        It would not fit into the memory that is free.
     """
+    _check_memory(teacher, student, tokens, tuning)
     tuner = _Tuner(teacher, student, tokens, tuning, steps, seed)
     paths: list[Path] = []
     klds: list[float] = []
@@ -193,6 +200,29 @@ def tune(
             break
     with safe_open(paths[int(np.argmin(klds))], framework="numpy") as part:
         save_arrays(tuner.packed(part.get_tensor("theta")), out, {"klds": json.dumps(klds)})
+
+
+def _check_memory(
+    teacher: "LayerwiseModel", student: "LayerwiseModel", tokens: Tokens, tuning: Tokens
+) -> None:
+    """Refuse before anything is computed what cannot fit: see what ``_Tuner`` holds at once."""
+    wanted = (tokens.size + tuning.size) * teacher.n_embd
+    of_a_step = (student.n_layers + 1) * _BATCH * tokens.shape[1] * student.n_embd
+    largest = max(_layer_bytes(student, number) for number in range(student.n_layers))
+    needed = 4 * (wanted + of_a_step) + 3 * largest
+    free = free_bytes(unknown=1 << 62)
+    if needed > free:
+        raise CalibrationError(
+            f"--tune: {len(tokens)} chunks of {tokens.shape[1]} tokens and a layer of "
+            f"{student.reference.path.name} need {needed >> 20} MiB, {free >> 20} MiB are free. "
+            "Give fewer --chunks, or --tune 0."
+        )
+
+
+def _layer_bytes(model: "LayerwiseModel", number: int) -> int:
+    """Return the bytes of a layer in float32."""
+    tensors = model.reference.tensors
+    return sum(4 * math.prod(tensors[name].shape) for name in model.tensors(number))
 
 
 class _Tuner:
@@ -344,11 +374,7 @@ class _Tuner:
 
     def _n_kept(self) -> int:
         """Return how many layers in float32 fit into a quarter of the free memory."""
-        tensors = self.student.reference.tensors
-        largest = max(
-            sum(4 * math.prod(tensors[name].shape) for name in self.student.tensors(number))
-            for number in range(self.student.n_layers)
-        )
+        largest = max(_layer_bytes(self.student, n) for n in range(self.student.n_layers))
         return max(1, int(_MEMORY_FRACTION * free_bytes(unknown=1 << 32)) // largest)
 
     @functools.cached_property

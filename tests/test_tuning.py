@@ -14,6 +14,7 @@ from converters.gguf_file import open_gguf
 from cpu_kernels.block_formats import FORMATS, BlockFormat
 from cpu_kernels.lattice_formats import LATTICES
 from edgeq import tuning
+from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import decode, encode
 from edgeq.workdir import WorkDirectory
 from tests import tiny_models
@@ -137,6 +138,16 @@ def test_without_a_gain_it_ends_early_and_ships_the_start(pair, tmp_path, monkey
     assert klds == sorted(klds)
     for name, rows in packed.items():
         assert np.array_equal(rows, student.reference.read_bytes(name).reshape(rows.shape))
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_starts(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "free_bytes", lambda unknown: 1 << 16)
+    message = r"6 chunks of 48 tokens .* need \d+ MiB, 0 MiB are free\. Give fewer --chunks"
+    with (
+        WorkDirectory(tmp_path / "work") as work,
+        pytest.raises(CalibrationError, match=message),
+    ):
+        tuned(pair("llama3"), work)
 
 
 def test_every_epoch_has_every_chunk():
