@@ -324,7 +324,7 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
     show_default=True,
     help="residual (R1), values (R2); repeatable.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the turns.")
 @_input
 @_common
 def rotate(
