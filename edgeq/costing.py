@@ -3,9 +3,6 @@
 Cheap estimators look at a sample of each tensor's rows. The measured one swaps a tensor at a time
 in the model that llama.cpp has loaded, for one type, and takes the shape over the types from the
 second moments: a tensor's errors grow from type to type as they do, only the scale is its own.
-
-Where the file will be rounded by a slower quantizer than the costs, two tensors of each kind are
-rounded by both, and the kind's losses fall as theirs do, type by type.
 """
 
 import math
@@ -36,7 +33,7 @@ from edgeq.errors import CalibrationError, RecipeError
 from edgeq.measuring import Measurer
 from edgeq.opening import UsedText
 from edgeq.quantization import thinned
-from edgeq.quantizers import Quantizer, make_quantizer
+from edgeq.quantizers import Quantizer
 from edgeq.recipe import DEFAULT_PRESET
 from edgeq.registry import unknown_name
 from edgeq.runtime.encoders import FloatArray, decode, encodable_types
@@ -114,7 +111,6 @@ def make_costs(measurer: Measurer, estimator: str) -> Costs:
             "estimator": estimator,
             "types": [qtype.name for qtype in ground.types],
             "seed": ground.seed,
-            "shipped": ground.shipped,
         },
         lambda out: write_costs(_Costing(measurer, estimator).costs(), out),
     )
@@ -174,11 +170,6 @@ class _Costing:
         self.cheap = "hessian" if estimator in ("measured", "relative") else estimator
         layers = {name.split(".")[1] for name in self.file.tensors if name.startswith("blk.")}
         self.n_branches = 2 * len(layers)  # that write into the residual stream
-        self.shipped = make_quantizer(self.ground.shipped or self.ground.quantizer)
-        self.compared: set[str] = set()
-        if self.shipped.uses_hessian and not measurer.quantizer.uses_hessian:
-            self.compared = _of_each_kind(measurer.names)
-        self.falls: dict[tuple[str, GGMLQuantizationType], list[float]] = {}
 
     def costs(self) -> Costs:
         """Return the costs."""
@@ -192,7 +183,6 @@ class _Costing:
         if self.estimator == "fisher":  # no gradients outside of layers
             swapped = tuple(name for name in names if not name.startswith("blk."))
         found |= self._swapped({name: found[name] for name in swapped})
-        found = self._as_shipped(found)
         others = [info for name, info in self.file.tensors.items() if name not in found]
         texts = [text for text in (self.ground.calibration, self.ground.tuning) if text is not None]
         header = min(info.offset for info in self.file.tensors.values()) + _HEADER_RESERVE
@@ -260,18 +250,6 @@ class _Costing:
             )
             error = decode(rounded.packed, qtype).reshape(weight.shape) - weight
             rows = scale * _row_losses(error, self.cheap, inputs.importances, hessian)
-            if name in self.compared and hessian is not None and rows.mean() > 0:
-                rounded = self.shipped.quantize(
-                    name,
-                    weight,
-                    qtype,
-                    replace(inputs, hessian=hessian),
-                    n_threads=self.ground.n_threads,
-                )
-                error = decode(rounded.packed, qtype).reshape(weight.shape) - weight
-                theirs = scale * _row_losses(error, self.cheap, inputs.importances, hessian)
-                fall = float(theirs.mean() / rows.mean())
-                self.falls.setdefault((_kind(name), qtype), []).append(fall)
             spread = float(rows.std(ddof=1)) if len(rows) > 1 else 0.0
             unseen = max(0.0, 1 - len(rows) / n_rows)
             loss_error = n_rows * spread * math.sqrt(unseen / len(rows))
@@ -317,28 +295,6 @@ class _Costing:
                 progress(done, len(tensors))
         return found
 
-    def _as_shipped(
-        self, found: Mapping[str, tuple[Candidate, ...]]
-    ) -> dict[str, tuple[Candidate, ...]]:
-        """Let each kind's losses fall as the shipped quantizer lets them; their sum stays.
-
-        What has no second moments is rounded to nearest in the file too, so it counts for more.
-        """
-        if not self.falls:
-            return dict(found)
-        falls = {key: float(np.mean(values)) for key, values in self.falls.items()}
-        fallen = {}
-        for name, candidates in found.items():
-            mine = [falls.get((_kind(name), c.qtype), 1.0) for c in candidates]
-            fallen[name] = tuple(map(_times, candidates, mine))
-        before, after = (self._sum_at_probes(losses) for losses in (found, fallen))
-        back = before / after if after > 0 else 1.0
-        return {name: tuple(_times(c, back) for c in one) for name, one in fallen.items()}
-
-    def _sum_at_probes(self, found: Mapping[str, tuple[Candidate, ...]]) -> float:
-        sizes = {name: math.prod(self.file.tensors[name].shape) for name in found}
-        return sum(_probe(candidates, sizes[name]).loss for name, candidates in found.items())
-
     def _joined(self, costs: Costs) -> Costs:
         """Add what whole choices of some sizes do: swaps do not quite add up."""
         least, most = (costs.size_bytes(choice) for choice in (costs.smallest, costs.largest))
@@ -351,27 +307,6 @@ class _Costing:
                 if costs.loss(choice) > 0 and kld > 0:
                     joint[costs.loss(choice)] = kld
         return replace(costs, joint=tuple(sorted(joint.items())))
-
-
-def _kind(name: str) -> str:
-    """Return a tensor's name without its layer."""
-    return name.split(".", 2)[2] if name.startswith("blk.") else name
-
-
-def _of_each_kind(names: Sequence[str]) -> set[str]:
-    """Return two tensors of each kind in layers, from a third and two thirds of the way."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        if name.startswith("blk."):
-            kinds.setdefault(_kind(name), []).append(name)
-    return {same[len(same) * third // 3] for same in kinds.values() for third in (1, 2)}
-
-
-def _times(candidate: Candidate, factor: float) -> Candidate:
-    """Return a candidate whose loss is multiplied."""
-    return replace(
-        candidate, loss=factor * candidate.loss, loss_error=factor * candidate.loss_error
-    )
 
 
 def _padded(n_bytes: int) -> int:

@@ -44,7 +44,6 @@ class Ground:
     quantizer : as in the recipe: rounds what is judged
     calibration, tuning : text; None where there is none
     types : that tensors may get
-    shipped : quantizer of the file that the types are for, where it is another; None: the same
     """
 
     reference: Reference
@@ -56,7 +55,6 @@ class Ground:
     types: tuple[GGMLQuantizationType, ...]
     seed: int = 0
     n_threads: int | None = None
-    shipped: str | None = None
 
     @property
     def about(self) -> dict[str, object]:

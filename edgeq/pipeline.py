@@ -327,7 +327,6 @@ def _plan(
             _candidate_types(recipe),
             recipe.texts.seed,
             recipe.n_threads,
-            recipe.method.quantizer,
         )
         with Measurer(ground, work, steps) as measurer:
             found = Planner(measurer, recipe.costs, recipe.allocator).plan(recipe.target)

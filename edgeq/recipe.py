@@ -295,7 +295,10 @@ class Recipe:
 
     @property
     def costs_quantizer(self) -> str:
-        """What rounds in the costs: the quantizer; for auto the nearest, which is fast."""
+        """What rounds in the costs: the quantizer; for auto the nearest, which is fast.
+
+        Its costs rank types as gptq's do, see DECISIONS.md.
+        """
         return "rtn" if self.quantizer == "auto" else self.quantizer
 
     def as_json(self) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from edgeq.evaluation import evaluate
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import prepare_texts, values_sha256
 from edgeq.planning import Planner
-from edgeq.quantizers import make_quantizer
 from edgeq.recipe import Recipe, Target, TextChoice
 from edgeq.roundings import Roundings
 from edgeq.runtime.encoders import decode, encode
@@ -156,42 +155,6 @@ def test_measured_costs_are_the_swap_at_the_probed_type(measurer):
     swap = measurer.joint({NAME: probe.qtype}, costing.SWAP_CHUNKS)
     assert probe.loss == pytest.approx(swap.kld)
     assert probe.loss_error == pytest.approx(swap.kld_error)
-
-
-def test_losses_fall_as_the_shipped_quantizer_lets_them(measurer):
-    """Against both quantizers on a tensor that is compared; the output is rounded to nearest."""
-    ground = dataclasses.replace(measurer.ground, shipped="gptq:sweeps=1")
-    plain = {t.name: t for t in make_costs(measurer, "hessian").tensors}
-    with Measurer(ground, measurer.work, measurer.steps) as other:
-        shipped = {t.name: t for t in make_costs(other, "hessian").tensors}
-    names = costing._of_each_kind(measurer.names)
-    assert NAME in names
-    assert "blk.0.ffn_down.weight" in names
-    of_kind = []
-    for name in ("blk.0.ffn_down.weight", NAME):
-        weight, hessian = measurer.file.read_float(name), measurer.hessians()[name]
-        losses = {}
-        for spec in ("rtn", "gptq:sweeps=1"):
-            inputs = dataclasses.replace(measurer.inputs(name, None), hessian=hessian)
-            packed = make_quantizer(spec).quantize(name, weight, _T.Q4_0, inputs).packed
-            error = decode(packed, _T.Q4_0).reshape(weight.shape) - weight
-            losses[spec] = np.einsum("ij,jk,ik->", error, hessian[0], error)
-        of_kind.append(losses["gptq:sweeps=1"] / losses["rtn"])
-
-    def change(name):
-        before, after = (
-            next(c.loss for c in costs[name].candidates if c.qtype == _T.Q4_0)
-            for costs in (plain, shipped)
-        )
-        return after / before
-
-    assert change(NAME) / change("output.weight") == pytest.approx(np.mean(of_kind), rel=1e-3)
-    assert change(NAME) < 1 < change("output.weight")
-    probes = [
-        sum(costing._probe(t.candidates, t.n_weights).loss for t in costs.values())
-        for costs in (plain, shipped)
-    ]
-    assert probes[1] == pytest.approx(probes[0])
 
 
 def test_predictions_go_through_measured_whole_choices(measurer):
