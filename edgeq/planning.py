@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from cpu_kernels.lattice_formats import LATTICES
 from edgeq.allocation import (
     Allocation,
     Budget,
@@ -165,12 +166,19 @@ class Planner:
             "size_bytes": size,
             "loss": loss,
         }
+        types = costs.types(found.choice)
         note = (
             f"Types by {self.allocator_name} on {costs.estimator} costs: at most {size:,} bytes, "
             f"predicted loss {loss:.4g}."
         )
-        plan = plan_of(file, nearest, costs.types(found.choice), reasons)
-        return Planned(plan, facts, (note, *self.measurer.notes, *found.notes))
+        notes = [note, *self.measurer.notes, *found.notes]
+        n_slow = sum(qtype in LATTICES for qtype in types.values())
+        if n_slow:
+            notes.append(
+                f"{n_slow} tensors are IQ1 to IQ3, which llama.cpp decodes at about half the speed "
+                "of k-quants on a CPU. --types leaves them out, --min-tps sets a limit."
+            )
+        return Planned(plan_of(file, nearest, types, reasons), facts, tuple(notes))
 
 
 def _smallest(least: int, most: int, is_enough: Callable[[int], bool]) -> int | None:

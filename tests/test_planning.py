@@ -9,7 +9,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import open_gguf
-from edgeq import costing, pipeline
+from edgeq import costing, pipeline, planning
 from edgeq.allocation import Budget, Problem, read_plan
 from edgeq.allocation.costs import read_costs, write_costs
 from edgeq.allocation.knapsack import Knapsack
@@ -252,6 +252,18 @@ def test_a_size_is_kept_and_used(tiny, texts, tmp_path):
     assert report["provenance"]["plan"]["allocator"] == "knapsack"
     plan = read_plan(tmp_path / "out.edgeq" / "plan.json", open_gguf(tiny))
     assert {n: t.qtype for n, t in found.tensors.items()} == plan.types
+
+
+def test_slow_types_are_named_as_slow(measurer, monkeypatch):
+    """Rows of the tiny model are too short for lattices, so others stand for them."""
+    target = Target(size_bytes=measurer.file.size_bytes // 4)
+    planned = Planner(measurer, "hessian", "knapsack").plan(target)
+    assert not [note for note in planned.notes if "IQ1 to IQ3" in note]
+    slow = planned.plan.types[NAME]
+    monkeypatch.setattr(planning, "LATTICES", {slow: None})
+    planned = Planner(measurer, "hessian", "knapsack").plan(target)
+    n_slow = sum(planned.plan.types[name] == slow for name in measurer.names)
+    assert [note for note in planned.notes if note.startswith(f"{n_slow} tensors are IQ1 to IQ3")]
 
 
 def test_several_sizes_share_what_they_can(tiny, texts, tmp_path, works):
