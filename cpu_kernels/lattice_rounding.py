@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels._numba import kernel
+from cpu_kernels.lattice_formats import Signs
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -20,7 +21,7 @@ Indices = npt.NDArray[np.uint16]
 
 _UNIT = 8  # weights that share a byte of signs
 _HALF_UNIT = 4
-_NONE, _EVEN = 0, 2  # of lattice_formats.Signs
+_NONE, _EVEN = int(Signs.NONE), int(Signs.EVEN)  # numba knows no enumerations
 
 
 @kernel(reorder=True)

@@ -89,8 +89,8 @@ def rotate(
     with WorkDirectory(source.work) as work:
         reference = open_reference(model, source, work, steps)
         with steps.step("rotate"):
-            paths = write_rotated(reference.file, out, kinds, seed=seed)
-    return _written(paths, steps.seconds["rotate"])
+            write_rotated(reference.file, out, kinds, seed=seed)
+    return _written((out,), steps.seconds["rotate"])
 
 
 def _written(paths: Sequence[Path], seconds: float) -> Written:

@@ -198,7 +198,7 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
     """Refuse at once, not after a calibration, what was given and does not fit the model."""
     read = (*reference.file.paths, recipe.imatrix, recipe.plan, *recipe.texts.files)
     check_output(recipe.out, read)
-    imatrix = _given_imatrix(recipe, reference)
+    imatrix = given_imatrix(recipe.imatrix, reference.file)
     if recipe.target.is_set:  # the types are not known yet
         make_allocator(recipe.allocator)
         _candidate_types(recipe)
@@ -243,15 +243,16 @@ def _imatrix(
 ) -> Imatrix | None:
     """Return the importance matrix that was given, or calibrate; None without one."""
     if texts.calibration is None or recipe.imatrix is not None:
-        return _given_imatrix(recipe, reference)
+        return given_imatrix(recipe.imatrix, reference.file)
     return calibrate(reference, texts.calibration, work, steps, n_threads=recipe.n_threads)
 
 
-def _given_imatrix(recipe: Recipe, reference: Reference) -> Imatrix | None:
-    if recipe.imatrix is None:
+def given_imatrix(path: Path | None, file: GgufFile) -> Imatrix | None:
+    """Read an imatrix and check that it is of the model; None: there is none."""
+    if path is None:
         return None
-    given = read_imatrix(recipe.imatrix)
-    check_matches(given, matrix_sizes(reference.file), str(recipe.imatrix))
+    given = read_imatrix(path)
+    check_matches(given, matrix_sizes(file), str(path))
     return given
 
 

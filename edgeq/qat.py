@@ -18,12 +18,11 @@ from torch.nn.utils import parametrize
 from converters.architectures import known_architectures
 from converters.architectures.settings import settings
 from converters.gguf_file import open_gguf
-from converters.imatrix_file import check_matches, read_imatrix
 from edgeq.allocation import Plan, read_plan
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.layerwise.origins import Origin, origins_of
 from edgeq.layerwise.shell import output_name
-from edgeq.pipeline import importances_of, matrix_sizes
+from edgeq.pipeline import given_imatrix, importances_of
 from edgeq.registry import unknown_name
 from edgeq.runtime.encoders import FloatArray, decode, encode
 
@@ -75,9 +74,7 @@ def simulate(
         raise RecipeError(f"estimator: {unknown_name('estimator', estimator, list(ESTIMATORS))}")
     file = open_gguf(Path(reference))
     found = read_plan(Path(plan), file)
-    given = None if imatrix is None else read_imatrix(Path(imatrix))
-    if given is not None:
-        check_matches(given, matrix_sizes(file), str(imatrix))
+    given = given_imatrix(None if imatrix is None else Path(imatrix), file)
     importances = importances_of(given, file) or {}
     architecture = known_architectures().get(type(model).__name__)
     if architecture is None:

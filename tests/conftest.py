@@ -64,3 +64,13 @@ def works(monkeypatch):
 
     monkeypatch.setattr(pipeline, "WorkDirectory", Spied)
     return opened
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread of torch: more only wait for each other at these sizes."""
+    torch = pytest.importorskip("torch")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)

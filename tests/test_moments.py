@@ -15,18 +15,11 @@ from tests import tiny_gguf, tiny_models
 
 torch = pytest.importorskip("torch")
 layerwise = pytest.importorskip("edgeq.layerwise")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = np.random.RandomState(0).randint(3, 260, (3, 48)).astype(np.int32)
 ROUNDING = 1e-4  # between torch's and ggml's float32 products; 1e-5 was measured
 BFLOAT16 = 2e-2  # of squares of the backward products; 5e-3 was measured
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
@@ -57,14 +50,6 @@ def cut(rows, w=None):
     energy = w * np.square(rows.astype(np.float64)).sum(axis=1)
     most = 0.1 * len(rows) * np.median(energy)
     return np.where(energy > most, w * most / np.maximum(energy, 1e-300), w) if most > 0 else w
-
-
-def inputs_of(layer, chunks):
-    """What each plain weight sees: a list of (n_tokens, n_in), chunk by chunk."""
-    seen = {}
-    for hidden in chunks:
-        layer.run(hidden, lambda p: seen.setdefault(p.name, []).append(p.inputs.copy()))
-    return seen
 
 
 def together(chunks, weights=None):
@@ -137,7 +122,7 @@ def test_weights_of_mean_one_weigh_tokens(model):
     squares = np.random.RandomState(1).exponential(5, TOKENS.shape).astype(np.float32)
     squares[:, 0] = 1e6  # does not count in the mean
     hidden = [model.load(0).run(chunk) for chunk in model.embed(TOKENS)]
-    inputs = inputs_of(model.load(1), hidden)
+    inputs = tiny_models.inputs_of(model.load(1), hidden)
     groups = np.stack([squares, squares[::-1]])  # of rows
     for strength in (1.0, 0.25):
         source = LayerwiseMoments(model, TOKENS, weights={name: groups}, strength=strength)
@@ -168,7 +153,7 @@ def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
     embedded = model.embed(TOKENS)
     before = [model.load(0).run(chunk) for chunk in embedded]
     after = [model.load(0, replaced).run(chunk) for chunk in embedded]
-    was, now = (inputs_of(model.load(1), chunks) for chunks in (before, after))
+    was, now = (tiny_models.inputs_of(model.load(1), chunks) for chunks in (before, after))
     names = ["blk.1.attn_q.weight", "blk.1.attn_output.weight"]
     for sequential in (True, False):
         source = LayerwiseMoments(model, TOKENS, sequential=sequential, asymmetric=sequential)
@@ -274,7 +259,7 @@ def test_centred_moments_are_those_about_the_weighted_mean(model, is_weighted):
         drawn = np.random.default_rng(0).uniform(0.2, 2, (1, *TOKENS.shape)).astype(np.float32)
         weights = {name: drawn}
     found = LayerwiseMoments(model, TOKENS, weights=weights, sequential=False).of_layer(0)
-    seen = inputs_of(model.load(0), model.embed(TOKENS))[name]
+    seen = tiny_models.inputs_of(model.load(0), model.embed(TOKENS))[name]
     given = np.ones(TOKENS.shape) if weights is None else drawn[0] / drawn[..., 1:].mean()
     w = np.concatenate([cut(rows, one) for rows, one in zip(seen, given, strict=True)])
     x = np.concatenate(seen).astype(np.float64)

@@ -489,10 +489,10 @@ def test_biases_make_the_mean_error_of_their_products_good(name, folds, texts, t
     hidden = models[before].embed(rows)  # calibration saw the float embedding
     products = {}
     for gguf, model in models.items():
-        inputs = inputs_of(model.load(0), hidden)
+        inputs = tiny_models.inputs_of(model.load(0), hidden)
         weight = next(n for n in ("attn_q", "attn_qkv") if f"blk.0.{n}.bias" in gguf.tensors)
         rows_of_q = slice(before.tensors["token_embd.weight"].shape[1])  # of v, folds scale rows
-        mean = inputs[f"blk.0.{weight}.weight"].mean(axis=0)
+        mean = np.concatenate(inputs[f"blk.0.{weight}.weight"]).mean(axis=0)
         products[gguf] = {
             source: (mean @ gguf.read_float(f"blk.0.{weight}.weight").T)[rows_of_q]
             + source.read_float(f"blk.0.{weight}.bias")[rows_of_q]
@@ -503,11 +503,3 @@ def test_biases_make_the_mean_error_of_their_products_good(name, folds, texts, t
     assert error < 0.2 * np.abs(products[after][before] - wanted).max()
     for bias in (n for n in before.tensors if n.endswith("ffn_down.bias")):
         assert not np.array_equal(before.read_float(bias), after.read_float(bias))
-
-
-def inputs_of(layer, chunks):
-    """What each weight of a layer sees, (n_rows, n_in)."""
-    seen = {}
-    for hidden in chunks:
-        layer.run(hidden, lambda p: seen.setdefault(p.name, []).append(p.inputs.copy()))
-    return {name: np.concatenate(rows) for name, rows in seen.items()}

@@ -13,27 +13,19 @@ from converters.convert import convert
 from converters.gguf_file import open_gguf
 from cpu_kernels.block_formats import FORMATS, BlockFormat
 from cpu_kernels.lattice_formats import LATTICES
-from edgeq import tuning
+from edgeq import roundings, tuning
 from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import decode, encode
 from edgeq.workdir import WorkDirectory
 from tests import tiny_models
 from tests.command_line import done, refused
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 layerwise = pytest.importorskip("edgeq.layerwise")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = np.random.RandomState(0).randint(3, 400, (6, 48)).astype(np.int32)
 SCALED = sorted(qtype.name for qtype in (*FORMATS, *LATTICES) if tuning.has_scales(qtype))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More only wait for each other at these sizes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +201,6 @@ def test_bad_settings_are_refused(tiny, tmp_path, flags, line):
 
 
 def test_without_gradients_it_says_so(tiny, texts, tmp_path, monkeypatch):
-    from edgeq import roundings
-    from edgeq.errors import CalibrationError
-
     def missing(self, text):
         raise CalibrationError("no torch")
 

@@ -624,3 +624,11 @@ def sentencepiece_tokens(directory: Path, text: str) -> list[int]:
     for part in re.split(pattern, text):
         tokens += [added[part]] if part in added else model.encode(part)
     return tokens
+
+
+def inputs_of(layer: Any, chunks: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Return what each plain weight sees: a list of (n_tokens, n_in), chunk by chunk."""
+    seen: dict[str, list[np.ndarray]] = {}
+    for hidden in chunks:
+        layer.run(hidden, lambda p: seen.setdefault(p.name, []).append(p.inputs.copy()))
+    return seen

@@ -1,6 +1,6 @@
 """The proof that folds keep a model's function: KL divergence through llama.cpp."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from converters.gguf_file import GgufFile, TensorSource, write_gguf
 from cpu_kernels.divergence import divergence
 from edgeq.errors import EvaluationError
 from edgeq.runtime.model import Model, Tokens
-from edgeq.transforms.scales import TensorScales, apply, tensor_scales
+from edgeq.transforms.scales import apply, tensor_scales
 from edgeq.transforms.sites import FloatArray, FoldSite
 
 
@@ -82,13 +82,18 @@ def write_folded(
         The file cannot be written.
     """
     folded = tensor_scales(file, scales)
-    sources = [_source(file, name, folded.get(name)) for name in file.tensors]
+
+    def changed(name: str) -> Callable[[], FloatArray] | None:
+        scales = folded.get(name)
+        return None if scales is None else lambda: apply(file.read_float(name), scales)
+
+    sources = [source_of(file, name, changed(name)) for name in file.tensors]
     return write_gguf(path, file.fields, sources)
 
 
-def _source(file: GgufFile, name: str, scales: TensorScales | None) -> TensorSource:
+def source_of(file: GgufFile, name: str, changed: Callable[[], FloatArray] | None) -> TensorSource:
+    """Return a tensor to write: as F32 what `changed` gives; None: as the file has it."""
     info = file.tensors[name]
-    if scales is None:
+    if changed is None:
         return TensorSource(name, info.qtype, info.shape, lambda: file.read_bytes(name))
-    f32 = GGMLQuantizationType.F32
-    return TensorSource(name, f32, info.shape, lambda: apply(file.read_float(name), scales))
+    return TensorSource(name, GGMLQuantizationType.F32, info.shape, changed)

@@ -19,10 +19,11 @@ import numpy.typing as npt
 import scipy.linalg
 from gguf.constants import GGMLQuantizationType
 
-from converters.gguf_file import GgufFile, TensorSource, open_gguf, write_gguf
+from converters.gguf_file import GgufFile, TensorSource, write_gguf
+from converters.output import replacing
 from edgeq.errors import RecipeError
 from edgeq.registry import unknown_name
-from edgeq.transforms.proof import check_preserved
+from edgeq.transforms.proof import check_preserved, source_of
 from edgeq.transforms.sites import FloatArray, FoldSite, fold_sites
 
 KINDS = ("residual", "values")
@@ -34,9 +35,7 @@ _SAME = 1e-4  # nats; float32 products in another order make 1e-6, ggml's float1
 Rotation = npt.NDArray[np.float64]
 
 
-def write_rotated(
-    file: GgufFile, path: Path | str, kinds: Sequence[str], *, seed: int = 0
-) -> list[Path]:
+def write_rotated(file: GgufFile, path: Path, kinds: Sequence[str], *, seed: int = 0) -> None:
     """Write a model in a rotated basis, as F32, if llama.cpp computes the same function from it.
 
     Parameters
@@ -45,33 +44,26 @@ def write_rotated(
     kinds : of ``KINDS``
     seed : of the rotations
 
-    Returns
-    -------
-    The written files.
-
     Raises
     ------
     RecipeError
-        The architecture does not allow it, or the function changed; no file is left then.
+        The architecture does not allow it, or the function changed; what was at `path` stays then.
     ConversionError
         The file cannot be written.
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise RecipeError(f"--rotate: {unknown_name('rotation', kind, list(KINDS))}")
-    sources = _Rotated(file, kinds, seed).sources()
-    written = write_gguf(path, file.fields, sources)
-    n_vocab = open_gguf(written[0]).tensors[_EMBEDDING].shape[0]
+            raise RecipeError(f"--kind: {unknown_name('rotation', kind, list(KINDS))}")
+    n_vocab = file.tensors[_EMBEDDING].shape[0]
     tokens = np.random.default_rng(seed).integers(0, n_vocab, _PROVEN_TOKENS).astype(np.int32)
-    kld = check_preserved(file.path, written[0], tokens)
-    if not kld < _SAME:
-        for part in written:
-            part.unlink()
-        raise RecipeError(
-            f"{file.path}: rotated, it is {kld:.2g} nats from itself, expected below {_SAME:g}. "
-            "Leave --rotate out, and report this model to edgeq's developers."
-        )
-    return written
+    with replacing(path) as unproven:
+        write_gguf(unproven, file.fields, _Rotated(file, kinds, seed).sources())
+        kld = check_preserved(file.path, unproven, tokens)
+        if not kld < _SAME:
+            raise RecipeError(
+                f"{file.path}: rotated, it is {kld:.2g} nats from itself, expected below "
+                f"{_SAME:g}. Use it as it is, and report this model to edgeq's developers."
+            )
 
 
 def random_rotation(n: int, rng: np.random.Generator) -> Rotation:
@@ -114,20 +106,15 @@ class _Rotated:
         changed = {name for site in self.values for name in site.tensors}
         if self.residual is not None:
             changed |= {_EMBEDDING, *self.norm_of, *self.norms, *self._writers()}
-        found = [self._source(name, name in changed) for name in self.file.tensors]
+        found = [
+            source_of(self.file, name, partial(self._rotated, name) if name in changed else None)
+            for name in self.file.tensors
+        ]
         if self.residual is not None and _OUTPUT not in self.file.tensors:
             shape = self.file.tensors[_EMBEDDING].shape
             tied = partial(self._read_by, self.residual, _EMBEDDING, _OUTPUT_NORM)
             found.append(TensorSource(_OUTPUT, GGMLQuantizationType.F32, shape, tied))
         return found
-
-    def _source(self, name: str, is_changed: bool) -> TensorSource:
-        info = self.file.tensors[name]
-        if not is_changed:
-            return TensorSource(name, info.qtype, info.shape, partial(self.file.read_bytes, name))
-        return TensorSource(
-            name, GGMLQuantizationType.F32, info.shape, partial(self._rotated, name)
-        )
 
     def _rotated(self, name: str) -> FloatArray:
         """Return a tensor in the new basis, float32."""
@@ -194,8 +181,8 @@ class _Rotated:
 
     def _refuse(self, reason: str) -> None:
         raise RecipeError(
-            f"--rotate: {self.file.path}: {self.file.architecture} cannot be rotated: {reason}. "
-            "Leave --rotate out."
+            f"{self.file.path}: {self.file.architecture} cannot be rotated: {reason}. Choose "
+            "another --kind, or use the model as it is."
         )
 
 
