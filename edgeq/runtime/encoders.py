@@ -17,9 +17,9 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.errors import ConversionError
+from cpu_kernels.threads import available_cpus
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.runtime.library import load
-from edgeq.runtime.model import available_cpus
 
 Packed = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]

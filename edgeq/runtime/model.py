@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.threads import available_cpus
 from edgeq.errors import RuntimeLibraryError
 from edgeq.runtime.library import load
 from edgeq.runtime.observer import Observer
 
 Tokens = npt.NDArray[np.int32]
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Model(AbstractContextManager["Model", None]):

@@ -23,11 +23,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
+from cpu_kernels.threads import available_cpus
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.registry import unknown_name
 from edgeq.runtime.encoders import FloatArray, check_row, needs_importances, type_names
 from edgeq.runtime.library import load
-from edgeq.runtime.model import available_cpus
 
 _T = GGMLQuantizationType
 

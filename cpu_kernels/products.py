@@ -1,0 +1,446 @@
+"""Products of rearranged weights and quantized activations: one kernel for every type and CPU.
+
+The weights of a tile of 16 rows meet up to eight activations at once. For a group of columns::
+
+    int32   sum[row]   = start + Σ code[row, column] · activation[column]       exact
+    int32   total[row] += sum[row] · sub_scale[row]                              exact
+    float32 out[row]   += (super_scale[row] · activation's scale) · total[row]
+
+These are the integers of ggml's own products; floats are added up in another order. The starts are
+minus the zero point times the activations' sum (``inputs``), so that codes are never shifted.
+
+The record of a type (``tiles``) is unrolled here into straight code from its layout, for one number
+of activations; numba compiles that once per layout and keeps it on disk.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+import cpu_kernels
+from cpu_kernels._numba import kernel
+from cpu_kernels.inputs import AS_IS, KINDS, InputLayout, quantize_at
+from cpu_kernels.isa import Isa, chosen
+from cpu_kernels.simd import BYTES, F32, FLOATS, HALF, I8, I32, INTS, Vectors, as_float32
+from cpu_kernels.threads import Operation, Program, address_of
+from cpu_kernels.tiles import LINE, ROWS, Layout, Tiles
+
+Floats = npt.NDArray[np.float32]
+
+
+def _version() -> str:
+    """Return a digest of what writes the code: numba's cache sees edits of one file only."""
+    folder = Path(cpu_kernels.__file__).parent
+    files = ("simd.py", "tiles.py", "inputs.py", "products.py")
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:12]
+
+
+_VERSION = _version()
+
+
+class ProductType(types.Type):
+    """What a product is compiled for; has no value at run time."""
+
+    def __init__(self, layout: Layout, isa: Isa, n: int, *, adds: bool = False) -> None:
+        self.layout, self.isa, self.n, self.adds = layout, isa, n, adds
+        super().__init__(f"product[{_VERSION}, {isa.name}, {n}, {adds}, {layout}]")
+
+
+register_model(ProductType)(models.OpaqueModel)
+
+
+@intrinsic
+def _tile_product(
+    typing_context, product, weights, codes, scales, moments, starts, sums, n_records, out, stride
+):
+    """Multiply one tile with n activations and write the results; all arguments are addresses."""
+    integers = [types.int64] * 9
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _Product(builder, signature.args[0]).write(*arguments[1:])
+        return context.get_dummy_value()
+
+    return types.none(product, *integers), generate
+
+
+class _Product:
+    """Writer of the code of one tile's product."""
+
+    def __init__(self, builder: Any, product: ProductType) -> None:
+        layout, isa = product.layout, product.isa
+        self.builder, self.layout, self.isa, self.n = builder, layout, isa, product.n
+        self.adds = product.adds
+        self.vectors = Vectors(builder, isa)
+        # codes that stand for signed bytes: made unsigned for VNNI, which takes nothing else
+        self.is_bias = isa.dot == "vnni"
+        self.signed = bool(layout.levels) or layout.planes == (8,)
+        plain = not layout.levels and layout.planes in ((2,), (4,))
+        self.in_place = plain and self.is_bias and layout.group > 16
+        self.table = None
+        if layout.levels:
+            bias = 128 if self.is_bias else 0
+            self.table = self.vectors.table([level + bias for level in layout.levels])
+
+    def write(
+        self,
+        weights: Any,
+        codes: Any,
+        scales: Any,
+        moments: Any,
+        starts: Any,
+        sums: Any,
+        n_records: Any,
+        out: Any,
+        stride: Any,
+    ) -> None:
+        """Write the loop over the records."""
+        builder, layout = self.builder, self.layout
+        totals = [
+            cgutils.alloca_once_value(builder, self.vectors.zero(FLOATS)) for _ in range(self.n)
+        ]
+        scale_columns = 256 if layout.inputs == "Q8_K" else 32
+        steps = (
+            (weights, layout.record_bytes),
+            (codes, layout.columns * self.n),
+            (scales, max(1, layout.columns // scale_columns) * self.n * 4),
+            (moments, max(1, layout.columns // 32) * self.n * 4),
+            (starts, layout.n_groups * self.n * 4),
+            (sums, layout.n_groups * self.n * 4),
+        )
+        with cgutils.for_range(builder, n_records) as loop:
+            at = []
+            for base, step in steps:
+                moved = builder.mul(loop.index, ir.Constant(base.type, step))
+                at.append(builder.inttoptr(builder.add(base, moved), I8.as_pointer()))
+            for block in range(layout.n_blocks):
+                self._block(block, totals, *at)
+        for c, total in enumerate(totals):
+            moved = builder.mul(stride, ir.Constant(stride.type, c))
+            place = builder.inttoptr(builder.add(out, moved), I8.as_pointer())
+            result = builder.load(total)
+            if self.adds:
+                result = builder.fadd(result, self.vectors.load(place, 0, FLOATS, 4))
+            self.vectors.store(result, place, 0)
+
+    def _block(
+        self,
+        block: int,
+        totals: list[Any],
+        weights: Any,
+        codes: Any,
+        scales: Any,
+        moments: Any,
+        starts: Any,
+        sums: Any,
+    ) -> None:
+        """Write the product of one block of columns."""
+        vectors, builder, layout, n = self.vectors, self.builder, self.layout, self.n
+        per_block = layout.block // layout.group
+        whole: list[Any] = [None] * n
+        shifted: list[Any] = [None] * n
+        for group in range(block * per_block, (block + 1) * per_block):
+            found = self._group(group, weights, codes, starts)
+            if layout.sub_scales:
+                scale, offset = self._subs(group, weights)
+                found = [builder.mul(one, scale) for one in found]
+                if offset is not None:
+                    for c in range(n):
+                        total = vectors.load(sums, (group * n + c) * 4, I32, 4)
+                        term = builder.mul(vectors.broadcast(total), offset)
+                        shifted[c] = self._plus(shifted[c], term)
+            whole = [self._plus(a, b) for a, b in zip(whole, found, strict=True)]
+        own = self._scale(weights, layout.scale_offset + block * layout.scale_bytes)
+        lowest = None
+        if layout.offsets:
+            lowest = self._scale(weights, layout.offset_offset + block * layout.scale_bytes)
+        scale_columns = 256 if layout.inputs == "Q8_K" else 32
+        for c in range(n):
+            place = (block * layout.block // scale_columns * n + c) * 4
+            theirs = vectors.broadcast(vectors.load(scales, place, F32, 4))
+            if layout.factor != 1:
+                theirs = builder.fmul(theirs, vectors.constant(FLOATS, layout.factor))
+            total = builder.load(totals[c])
+            factor = builder.fmul(own, theirs)
+            total = vectors.fma(total, factor, vectors.to_float(whole[c]))
+            if lowest is not None and layout.sub_offsets:
+                factor = builder.fmul(lowest, theirs)
+                total = vectors.fma(total, factor, vectors.to_float(shifted[c]))
+            elif lowest is not None:
+                moment = vectors.broadcast(vectors.load(moments, place, F32, 4))
+                total = vectors.fma(total, lowest, moment)
+            builder.store(total, totals[c])
+
+    def _plus(self, a: Any, b: Any) -> Any:
+        return b if a is None else self.builder.add(a, b)
+
+    def _group(self, group: int, weights: Any, codes: Any, starts: Any) -> list[Any]:
+        """Return a group's integer sums, one vector an activation."""
+        vectors, layout, n = self.vectors, self.layout, self.n
+        if zero_point(layout, self.isa):
+            found = [
+                vectors.broadcast(vectors.load(starts, (group * n + c) * 4, I32, 4))
+                for c in range(n)
+            ]
+        else:
+            found = [vectors.zero(INTS)] * n
+        shifts: dict[int, list[Any]] = {0: found}  # sums of codes that lie so many bits too high
+        for four in range(group * layout.group // 4, (group + 1) * layout.group // 4):
+            weight, shift = self._codes(four, weights)
+            sums = shifts.setdefault(shift, [vectors.zero(INTS)] * n)
+            for c in range(n):
+                theirs = vectors.broadcast(vectors.load(codes, (four * n + c) * 4, I32, 4))
+                theirs = self.builder.bitcast(theirs, BYTES)
+                sums[c] = vectors.dot(sums[c], weight, theirs, signed=self.signed)
+        for shift in sorted(shifts)[1:]:
+            for c in range(n):
+                part = self.builder.ashr(shifts[shift][c], vectors.constant(INTS, shift))
+                found[c] = self.builder.add(found[c], part)
+        return found
+
+    def _codes(self, four: int, weights: Any) -> tuple[Any, int]:
+        """Return the codes of four columns, or what they stand for, and how far they are shifted.
+
+        Where bytes may be large and a group is long, codes stay at their bits and their sums are
+        shifted instead: exact, and one shift a group.
+        """
+        vectors, layout = self.vectors, self.layout
+        if self.in_place:
+            (bits,) = layout.planes
+            v, field = divmod(four, 8 // bits)
+            vector = vectors.load(weights, layout.code_offsets[0, v], BYTES, LINE)
+            mask = vectors.constant(BYTES, ((1 << bits) - 1) << bits * field)
+            return self.builder.and_(vector, mask), bits * field
+        joined, shift = None, 0
+        for plane, bits in enumerate(layout.planes):
+            fields = 8 // bits
+            offset = layout.code_offsets[plane, four // fields]
+            vector = vectors.load(weights, offset, BYTES, LINE)
+            part = vectors.field(vector, bits * (four % fields), bits)
+            if shift:
+                part = self.builder.or_(joined, vectors.up(part, shift))
+            joined, shift = part, shift + bits
+        if self.table is not None:
+            return vectors.lookup(self.table, joined), 0
+        if layout.planes == (8,) and not self.is_bias:
+            return self.builder.xor(joined, vectors.constant(BYTES, 0x80)), 0
+        return joined, 0
+
+    def _subs(self, group: int, weights: Any) -> tuple[Any, Any]:
+        """Return a group's sub-scales and sub-offsets."""
+        vectors, layout = self.vectors, self.layout
+        sixteen = ir.VectorType(I8, ROWS)
+        numbers = vectors.load(weights, layout.sub_scale_offset + ROWS * group, sixteen, ROWS)
+        if layout.joined:
+            wide = vectors.widen(numbers, signed=False)
+            low = self.builder.and_(wide, vectors.constant(INTS, 15))
+            return low, self.builder.lshr(wide, vectors.constant(INTS, 4))
+        scale = vectors.widen(numbers, signed=True)
+        if not layout.sub_offsets:
+            return scale, None
+        numbers = vectors.load(weights, layout.sub_offset_offset + ROWS * group, sixteen, ROWS)
+        return scale, vectors.widen(numbers, signed=False)
+
+    def _scale(self, weights: Any, offset: int) -> Any:
+        """Return 16 rows' super-scales."""
+        vectors, layout = self.vectors, self.layout
+        if layout.scale == "float":
+            return vectors.load(weights, offset, FLOATS, ROWS)
+        if layout.scale == "half":
+            return vectors.half(vectors.load(weights, offset, ir.VectorType(HALF, ROWS), ROWS))
+        numbers = vectors.load(weights, offset, ir.VectorType(I8, ROWS), ROWS)
+        return vectors.power_of_two(vectors.widen(numbers, signed=False))
+
+
+def zero_point(layout: Layout, isa: Isa) -> int:
+    """Return by what the sums of the activations are multiplied to begin with; 0: begin with 0."""
+    signed = bool(layout.levels) or layout.planes == (8,)
+    if signed:
+        return -128 if isa.dot == "vnni" else 0
+    return layout.zero
+
+
+@kernel()
+def multiply(product, arguments, thread, n_threads):
+    """Multiply one thread's tiles with groups of n activations.
+
+    `arguments`: weights, bytes of a tile, n_tiles, n_records; codes, scales, moments, starts, sums;
+    out, bytes from one activation's results to the next; number of groups, bytes from one group's
+    inputs to the next, bytes from one group's results to the next.
+    """
+    tile_bytes, n_tiles = arguments[1], arguments[2]
+    n_groups = arguments[11]
+    first, end = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
+    together = max(1, 262144 // tile_bytes) if n_groups > 1 else end - first
+    for begin in range(first, end, max(1, together)):
+        for group in range(n_groups):
+            moved = group * arguments[12]
+            for tile in range(begin, min(begin + together, end)):
+                _tile_product(
+                    product,
+                    arguments[0] + tile * tile_bytes,
+                    arguments[4] + moved,
+                    arguments[5] + moved,
+                    arguments[6] + moved,
+                    arguments[7] + moved,
+                    arguments[8] + moved,
+                    arguments[3],
+                    arguments[9] + group * arguments[13] + tile * 64,
+                    arguments[10],
+                )
+
+
+@kernel(reorder=True)
+def _dot(a, b, n):
+    total = np.float32(0)
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
+
+
+@kernel()
+def multiply_floats(unused, arguments, thread, n_threads):
+    """Multiply one thread's rows of float32 weights with n activations.
+
+    `arguments`: weights, n_out, n_in; inputs and outputs with the bytes from one to the next; n,
+    whether results are added.
+    """
+    n_out, n_in = arguments[1], arguments[2]
+    for row in range(n_out * thread // n_threads, n_out * (thread + 1) // n_threads):
+        weights = as_float32(arguments[0] + 4 * row * n_in)
+        for c in range(arguments[7]):
+            found = _dot(weights, as_float32(arguments[3] + c * arguments[4]), n_in)
+            out = as_float32(arguments[5] + c * arguments[6])
+            out[row] = out[row] + found if arguments[8] != 0 else found
+
+
+class Product:
+    """One weight times up to `n` activations at a time, ready to run again and again.
+
+    Parameters
+    ----------
+    tiles : the weight
+    n : activations of a call
+    n_threads : at most the CPUs of this process
+
+    Attributes
+    ----------
+    inputs : (n, n_in) float32, to be written before a run
+    outputs : (n, rows padded to 16) float32, written by a run
+
+    Raises
+    ------
+    ValueError
+        A count is below 1, or there are not so many CPUs.
+    """
+
+    def __init__(self, tiles: Tiles, n: int = 1, n_threads: int = 1) -> None:
+        if n < 1:
+            raise ValueError(f"product: got {n} activations, expected at least 1.")
+        self.tiles, self.n = tiles, n
+        self.inputs = np.zeros((n, tiles.n_in), np.float32)
+        self.outputs = np.zeros((n, tiles.n_tiles * ROWS), np.float32)
+        self._scratch = np.zeros(256 * n_threads, np.int8)
+        self._buffers: list[npt.NDArray[np.int8]] = []
+        operations = [one for part in groups_of(n, chosen()) for one in self._operations(*part)]
+        self._program = Program(operations, n_threads)
+
+    def __call__(self, inputs: npt.ArrayLike) -> Floats:
+        """Return the product with activations.
+
+        Parameters
+        ----------
+        inputs : (n, n_in) float32
+
+        Returns
+        -------
+        (n, n_out) float32, a copy
+
+        Raises
+        ------
+        ValueError
+            The shape is another one.
+        """
+        given = np.asarray(inputs, np.float32)
+        if given.shape != self.inputs.shape:
+            raise ValueError(
+                f"product: got inputs of shape {given.shape}, expected {self.inputs.shape}."
+            )
+        self.inputs[:] = given
+        self.run()
+        return self.outputs[:, : self.tiles.n_out].copy()
+
+    def run(self) -> None:
+        """Multiply ``inputs``, into ``outputs``."""
+        self._program.run()
+
+    def _operations(self, first: int, n: int, n_groups: int) -> list[Operation]:
+        """Return the two operations of some groups of n activations."""
+        tiles, layout = self.tiles, self.tiles.layout
+        kind = KINDS.index(layout.inputs)
+        where = InputLayout(tiles.n_in, n, kind)
+        buffer = aligned_bytes(where.n_bytes * n_groups)
+        self._buffers.append(buffer)
+        base = buffer.ctypes.data
+        row = self.inputs.strides[0]
+        quantizing = [
+            self.inputs.ctypes.data + first * row, tiles.n_in, n, row // 4, kind,
+            base, base + where.scales, base + where.moments, base + where.sums(16, 1), where.padded,
+            self._scratch.ctypes.data, n_groups, where.n_bytes, AS_IS, 0, 0, 0,
+        ]  # fmt: skip
+        multiplying = product_arguments(
+            tiles, base, where, self.outputs[first:], n_groups, chosen()
+        )
+        return [
+            Operation(address_of(quantize_at), np.array(quantizing, np.int64)),
+            Operation(address_of(multiply, ProductType(layout, chosen(), n)), multiplying),
+        ]
+
+
+def product_arguments(
+    tiles: Tiles, base: int, where: InputLayout, outputs: Floats, n_groups: int, isa: Isa
+) -> npt.NDArray[np.int64]:
+    """Return the arguments of ``multiply``.
+
+    Parameters
+    ----------
+    tiles : the weight
+    base : address of the quantized activations
+    where : their layout
+    outputs : (n · n_groups or more, rows padded to 16) float32, written by the operation
+    n_groups : of activations
+    isa : of the kernel
+    """
+    layout = tiles.layout
+    zero = zero_point(layout, isa)
+    starts = base + (where.sums(layout.group, zero) if zero else 0)
+    sums = base + (where.sums(layout.group, 1) if layout.sub_offsets else 0)
+    row = outputs.strides[0]
+    return np.array(
+        [
+            tiles.data.ctypes.data, tiles.data.shape[1], tiles.n_tiles, tiles.n_records,
+            base, base + where.scales, base + where.moments, starts, sums,
+            outputs.ctypes.data, row, n_groups, where.n_bytes, where.n * row,
+        ],
+        np.int64,
+    )  # fmt: skip
+
+
+def groups_of(n: int, isa: Isa) -> list[tuple[int, int, int]]:
+    """Return (first activation, activations of a group, number of groups) that make up n."""
+    widest = isa.max_columns
+    found = [(0, widest, n // widest)] if n >= widest else []
+    rest = n % widest
+    return [*found, (n - rest, rest, 1)] if rest else found
+
+
+def aligned_bytes(n_bytes: int) -> npt.NDArray[np.int8]:
+    """Return zeros that begin at a multiple of 64 bytes."""
+    whole = np.zeros(n_bytes + LINE, np.int8)
+    start = -whole.ctypes.data % LINE
+    return whole[start : start + n_bytes]
