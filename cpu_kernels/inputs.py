@@ -7,7 +7,8 @@ measured here holds there. Beside them lie their sums over groups, times what ze
     codes    [columns / 4][n][4] int8        n activations side by side
     scales   [columns / 32 or 256][n] float32, rounded to half floats but for Q8_K
     moments  [columns / 32][n] float32: Q8_1's scale times sum, as half floats
-    sums     for every (group, multiple) of SUMS: [columns / group][n] int32
+    sums     for every (group, multiple) of SUMS: [columns / group][n] int32; where the multiple
+             is 1, for sub-offsets, [columns / 2 group][n][2] int16
 
 References
 ----------
@@ -16,11 +17,30 @@ quantize_row_q8_K_ref of ggml/src/ggml-quants.c, llama.cpp 0c1e57098.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from cpu_kernels._numba import kernel
-from cpu_kernels.simd import as_float32, as_int8, as_int32, bits_of, float_of
+from cpu_kernels.isa import chosen
+from cpu_kernels.simd import (
+    F32,
+    FLOATS,
+    I8,
+    I64,
+    INTS,
+    Vectors,
+    as_float32,
+    as_int8,
+    as_int16,
+    as_int32,
+    bits_of,
+    float_of,
+)
 
 KINDS = ("Q8_0", "Q8_1", "Q8_K")
 BLOCK = 256  # columns are padded to so many
@@ -75,7 +95,7 @@ class InputLayout:
         for known in SUMS:
             if known == (group, multiple):
                 return start
-            start += self.padded // known[0] * self.n * 4
+            start += self.padded // known[0] * self.n * (2 if known[1] == 1 else 4)
         raise ValueError(f"sums: no sums of {group} columns times {multiple}; known: {SUMS}.")
 
     @property
@@ -119,33 +139,41 @@ def to_half(value):
     return -rounded if value < 0 else rounded
 
 
-@kernel()
-def _round_32(values, first, codes, at, is_q8_1):
-    """Quantize 32 activations; return scale and moment."""
-    highest = np.int32(0)
-    for j in range(32):
-        highest = max(highest, bits_of(values[first + j]) & 0x7FFFFFFF)
-    top = float_of(highest)
-    scale = top / np.float32(127)
-    times = np.float32(127) / top if top > np.float32(4e-37) else np.float32(0)  # else infinite
-    total = np.int32(0)
-    for j in range(32):
-        code = np.int32(np.rint(values[first + j] * times))
-        total += code
-        codes[at + j] = code
-    moment = to_half(scale * np.float32(total)) if is_q8_1 else np.float32(0)
-    return to_half(scale), moment
+@intrinsic
+def _round_32(typing_context, values, codes):
+    """Quantize 32 activations; return 2**32 times the largest one's bits plus the codes' sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, chosen())
+        values, codes = (builder.inttoptr(one, I8.as_pointer()) for one in arguments)
+        halves = [vectors.load(values, 64 * i, FLOATS, 4) for i in range(2)]
+        mask = vectors.constant(INTS, 0x7FFFFFFF)
+        sizes = [builder.and_(builder.bitcast(half, INTS), mask) for half in halves]
+        larger = builder.icmp_signed(">", *sizes)
+        top = vectors.reduce("smax", builder.select(larger, *sizes))
+        real = builder.bitcast(top, F32)
+        # below, 127 / top is infinite; the scale is then 0 as a half float
+        is_some = builder.fcmp_ordered(">", real, ir.Constant(F32, 4e-37))
+        times = builder.fdiv(ir.Constant(F32, 127.0), real)
+        times = vectors.broadcast(builder.select(is_some, times, ir.Constant(F32, 0.0)))
+        found = [vectors.to_integer(builder.fmul(half, times)) for half in halves]
+        for i, one in enumerate(found):
+            vectors.store(builder.trunc(one, ir.VectorType(I8, 16)), codes, 16 * i, 1)
+        total = builder.sext(vectors.reduce("add", builder.add(*found)), I64)
+        return builder.add(builder.shl(builder.zext(top, I64), ir.Constant(I64, 32)), total)
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @kernel()
-def _round_256(values, first, codes, at):
+def _round_256(values, first, codes):
     """Quantize 256 activations; return the scale."""
     highest = np.int32(0)
     for j in range(256):
         highest = max(highest, bits_of(values[first + j]) & 0x7FFFFFFF)
     if highest == 0:
         for j in range(256):
-            codes[at + j] = 0
+            codes[j] = 0
         return np.float32(0)
     top = float_of(highest)
     for j in range(256):
@@ -154,70 +182,40 @@ def _round_256(values, first, codes, at):
             break
     times = np.float32(-127) / top
     for j in range(256):
-        codes[at + j] = min(np.int32(127), np.int32(np.rint(values[first + j] * times)))
+        codes[j] = min(np.int32(127), np.int32(np.rint(values[first + j] * times)))
     return np.float32(1) / times
 
 
 @kernel()
 def _sum_groups(codes, at, width, block, c, n, sums):
     """Write the sums of a block of `width` columns, in the order of SUMS."""
-    per_block = width // 16
-    of_16, of_32, of_256 = sums[0], sums[4], sums[8]
+    per_block = width // 32
     whole = np.int32(0)
-    for g in range(0, per_block, 2):
+    for g in range(per_block):
         low, high = np.int32(0), np.int32(0)
         for j in range(16):
-            low += codes[at + 16 * g + j]
+            low += codes[at + 32 * g + j]
         for j in range(16):
-            high += codes[at + 16 * g + 16 + j]
-        i = (block * per_block + g) * n + c
+            high += codes[at + 32 * g + 16 + j]
+        place = (block * per_block + g) * n + c
+        sums[0][2 * place] = low
+        sums[0][2 * place + 1] = high
         for half in range(2):
             total = high if half else low
-            place = i + half * n
-            of_16[place] = total
-            sums[1][place] = -4 * total
-            sums[2][place] = -32 * total
-            sums[3][place] = -128 * total
-        i = (block * per_block + g) // 2 * n + c
+            i = (2 * (block * per_block + g) + half) * n + c
+            sums[1][i] = -4 * total
+            sums[2][i] = -32 * total
+            sums[3][i] = -128 * total
         total = low + high
-        of_32[i] = total
-        sums[5][i] = -8 * total
-        sums[6][i] = -16 * total
-        sums[7][i] = -128 * total
+        if width == 256:
+            pair = (block * per_block + g) // 2 * n + c
+            sums[4][2 * pair + g % 2] = total
+        sums[5][place] = -8 * total
+        sums[6][place] = -16 * total
+        sums[7][place] = -128 * total
         whole += total
     if width == 256:
-        of_256[block * n + c] = -whole
-
-
-@kernel()
-def quantize(values, n_in, n, stride, kind, codes, scales, moments, sums, own, part, parts):
-    """Quantize one part of `parts` of n activations.
-
-    Parameters
-    ----------
-    values : float32, activation c begins at c · stride
-    n_in, n, kind : see ``InputLayout``
-    codes, scales, moments, sums : written; `sums` is a tuple in the order of SUMS
-    own : 256 bytes of scratch of this part, written
-    """
-    width = 256 if kind == 2 else 32
-    n_blocks = n_in // width
-    for block in range(n_blocks * part // parts, n_blocks * (part + 1) // parts):
-        for c in range(n):
-            first = c * stride + block * width
-            target, at = (codes, block * width) if n == 1 else (own, 0)
-            if kind == 2:
-                scales[block * n + c] = _round_256(values, first, target, at)
-            else:
-                scale, moment = _round_32(values, first, target, at, kind == 1)
-                scales[block * n + c] = scale
-                moments[block * n + c] = moment
-            _sum_groups(target, at, width, block, c, n, sums)
-            if n > 1:
-                for j in range(0, width, 4):
-                    place = ((block * width + j) // 4 * n + c) * 4
-                    for i in range(4):
-                        codes[place + i] = own[j + i]
+        sums[8][block * n + c] = -whole
 
 
 @kernel(reorder=True)
@@ -275,53 +273,84 @@ def _add_normalized(rows, added, weights, epsilon, n_in, begin, end):
 
 @kernel()
 def quantize_at(unused, arguments, thread, n_threads):
-    """Prepare activations and run ``quantize`` on them, one thread's part.
-
-    `arguments`: values, n_in, n, stride, kind; codes, scales, moments, first sums, padded columns,
-    scratch (256 bytes a thread), number of groups of n activations, bytes to the next group's;
-    then how values come about (see PREPARE), two addresses and the bits of a float that it needs.
-    """
+    """Prepare activations and quantize them, one thread's part; see ``quantize_arguments``."""
     n_in, n, stride, kind = arguments[1], arguments[2], arguments[3], arguments[4]
-    padded, scratch = arguments[9], arguments[10]
-    of_16, of_32 = padded // 16 * n * 4, padded // 32 * n * 4
-    values = as_float32(arguments[0])
+    values, own = as_float32(arguments[0]), arguments[8] + 256 * thread
     width = 256 if kind == 2 else 32
     n_blocks = n_in // width
-    begin, end = (
-        n_blocks * thread // n_threads * width,
-        n_blocks * (thread + 1) // n_threads * width,
-    )
-    for group in range(arguments[11]):
-        at = group * n * stride
-        for c in range(n):
-            how, epsilon = arguments[13], float_of(arguments[16])
-            first, second = as_float32(arguments[14]), as_float32(arguments[15])
-            _prepare(values, at + c * stride, how, first, second, epsilon, n_in, begin, end)
-        moved = group * arguments[12]
-        start = arguments[8] + moved
-        middle = start + 4 * of_16
+    begin, end = n_blocks * thread // n_threads, n_blocks * (thread + 1) // n_threads
+    how, epsilon = arguments[11], float_of(arguments[14])
+    first, second = as_float32(arguments[12]), as_float32(arguments[13])
+    for group in range(arguments[9]):
+        moved = group * arguments[10]
+        codes, scales = arguments[5] + moved, as_float32(arguments[6] + moved)
+        moments = as_float32(arguments[7] + moved)
         sums = (
-            as_int32(start),
-            as_int32(start + of_16),
-            as_int32(start + 2 * of_16),
-            as_int32(start + 3 * of_16),
-            as_int32(middle),
-            as_int32(middle + of_32),
-            as_int32(middle + 2 * of_32),
-            as_int32(middle + 3 * of_32),
-            as_int32(middle + 4 * of_32),
+            as_int16(arguments[15] + moved),
+            as_int32(arguments[16] + moved),
+            as_int32(arguments[17] + moved),
+            as_int32(arguments[18] + moved),
+            as_int16(arguments[19] + moved),
+            as_int32(arguments[20] + moved),
+            as_int32(arguments[21] + moved),
+            as_int32(arguments[22] + moved),
+            as_int32(arguments[23] + moved),
         )
-        quantize(
-            as_float32(arguments[0] + 4 * at),
-            n_in,
-            n,
-            stride,
-            kind,
-            as_int8(arguments[5] + moved),
-            as_float32(arguments[6] + moved),
-            as_float32(arguments[7] + moved),
-            sums,
-            as_int8(scratch + 256 * thread),
-            thread,
-            n_threads,
-        )
+        for c in range(n):
+            at = (group * n + c) * stride
+            _prepare(values, at, how, first, second, epsilon, n_in, begin * width, end * width)
+            for block in range(begin, end):
+                target = codes + block * width if n == 1 else own
+                place = at + block * width
+                if kind == 2:
+                    scales[block * n + c] = _round_256(values, place, as_int8(target))
+                else:
+                    found = _round_32(arguments[0] + 4 * place, target)
+                    scale = float_of(found >> 32) / np.float32(127)
+                    scales[block * n + c] = to_half(scale)
+                    if kind == 1:
+                        total = np.float32(np.int32(found & 0xFFFFFFFF))
+                        moments[block * n + c] = to_half(scale * total)
+                _sum_groups(as_int8(target), 0, width, block, c, n, sums)
+                if n > 1:
+                    fours, side = as_int32(own), as_int32(codes)
+                    for j in range(width // 4):
+                        side[(block * (width // 4) + j) * n + c] = fours[j]
+
+
+def quantize_arguments(
+    values: npt.NDArray[np.float32],
+    where: InputLayout,
+    base: int,
+    scratch: npt.NDArray[np.int8],
+    n_groups: int,
+    how: int = AS_IS,
+    first: int = 0,
+    second: int = 0,
+    epsilon: float = 0.0,
+) -> npt.NDArray[np.int64]:
+    """Return the arguments of ``quantize_at``.
+
+    Parameters
+    ----------
+    values : (n_groups · n, at least n_in) float32; written unless `how` is AS_IS
+    where : of one group
+    base : address of the groups' codes, one group after the other
+    scratch : 256 bytes a thread
+    n_groups : of `where.n` activations
+    how, first, second, epsilon : how values come about, and addresses and a number for that
+    """
+    return np.array(
+        [
+            values.ctypes.data, where.n_in, where.n, values.strides[0] // 4, where.kind,
+            base, base + where.scales, base + where.moments, scratch.ctypes.data,
+            n_groups, where.n_bytes, how, first, second, float_bits(epsilon),
+            *[base + where.sums(*one) for one in SUMS],
+        ],
+        np.int64,
+    )  # fmt: skip
+
+
+def float_bits(number: float) -> int:
+    """Return the bits of a float32, as a program's arguments carry it."""
+    return int(np.float32(number).view(np.int32))

@@ -25,13 +25,15 @@ from numba.extending import intrinsic, models, register_model
 
 import cpu_kernels
 from cpu_kernels._numba import kernel
-from cpu_kernels.inputs import AS_IS, KINDS, InputLayout, quantize_at
+from cpu_kernels.inputs import KINDS, InputLayout, quantize_arguments, quantize_at
 from cpu_kernels.isa import Isa, chosen
-from cpu_kernels.simd import BYTES, F32, FLOATS, HALF, I8, I32, INTS, Vectors, as_float32
+from cpu_kernels.simd import BYTES, F32, FLOATS, HALF, I8, I32, INTS, WORDS, Vectors, as_float32
 from cpu_kernels.threads import Operation, Program, address_of
 from cpu_kernels.tiles import LINE, ROWS, Layout, Tiles
 
 Floats = npt.NDArray[np.float32]
+
+_IN_PLACE = 2  # activations for which sums of codes at other bits fit the registers
 
 
 def _version() -> str:
@@ -81,7 +83,9 @@ class _Product:
         self.is_bias = isa.dot == "vnni"
         self.signed = bool(layout.levels) or layout.planes == (8,)
         plain = not layout.levels and layout.planes in ((2,), (4,))
-        self.in_place = plain and self.is_bias and layout.group > 16
+        self.in_place = (
+            plain and self.is_bias and self.n <= _IN_PLACE and (layout.spread or layout.group > 16)
+        )
         self.table = None
         if layout.levels:
             bias = 128 if self.is_bias else 0
@@ -111,7 +115,7 @@ class _Product:
             (scales, max(1, layout.columns // scale_columns) * self.n * 4),
             (moments, max(1, layout.columns // 32) * self.n * 4),
             (starts, layout.n_groups * self.n * 4),
-            (sums, layout.n_groups * self.n * 4),
+            (sums, layout.n_groups * self.n * 2),
         )
         with cgutils.for_range(builder, n_records) as loop:
             at = []
@@ -142,23 +146,31 @@ class _Product:
         """Write the product of one block of columns."""
         vectors, builder, layout, n = self.vectors, self.builder, self.layout, self.n
         per_block = layout.block // layout.group
-        whole: list[Any] = [None] * n
-        shifted: list[Any] = [None] * n
+        shifted: dict[int, list[Any]] = {}  # sums of codes that lie so many bits too high
+        lowered: list[Any] = [vectors.zero(INTS)] * n
         for group in range(block * per_block, (block + 1) * per_block):
+            vectors.in_order()
             found = self._group(group, weights, codes, starts)
             if layout.sub_scales:
-                scale, offset = self._subs(group, weights)
-                found = [builder.mul(one, scale) for one in found]
-                if offset is not None:
-                    for c in range(n):
-                        total = vectors.load(sums, (group * n + c) * 4, I32, 4)
-                        term = builder.mul(vectors.broadcast(total), offset)
-                        shifted[c] = self._plus(shifted[c], term)
-            whole = [self._plus(a, b) for a, b in zip(whole, found, strict=True)]
-        own = self._scale(weights, layout.scale_offset + block * layout.scale_bytes)
+                scale = self._sub_scale(group, weights)
+                for shift, parts in found.items():
+                    found[shift] = [builder.mul(one, scale) for one in parts]
+            for shift, parts in found.items():
+                known = shifted.get(shift)
+                shifted[shift] = parts if known is None else list(map(builder.add, known, parts))
+            if layout.sub_offsets and group % 2 == 0:
+                pairs = self._sub_offsets(group, weights)
+                for c in range(n):
+                    theirs = vectors.broadcast(vectors.load(sums, (group // 2 * n + c) * 4, I32, 4))
+                    lowered[c] = vectors.dot_pairs(lowered[c], pairs, theirs)
+        whole = [vectors.zero(INTS)] * n
+        for shift, parts in shifted.items():
+            back = [builder.ashr(one, vectors.constant(INTS, shift)) for one in parts]
+            whole = list(map(builder.add, whole, back))
+        own = self._scale(weights, layout.places["super", block, 0])
         lowest = None
         if layout.offsets:
-            lowest = self._scale(weights, layout.offset_offset + block * layout.scale_bytes)
+            lowest = self._scale(weights, layout.places["offset", block, 0])
         scale_columns = 256 if layout.inputs == "Q8_K" else 32
         for c in range(n):
             place = (block * layout.block // scale_columns * n + c) * 4
@@ -170,81 +182,75 @@ class _Product:
             total = vectors.fma(total, factor, vectors.to_float(whole[c]))
             if lowest is not None and layout.sub_offsets:
                 factor = builder.fmul(lowest, theirs)
-                total = vectors.fma(total, factor, vectors.to_float(shifted[c]))
+                total = vectors.fma(total, factor, vectors.to_float(lowered[c]))
             elif lowest is not None:
                 moment = vectors.broadcast(vectors.load(moments, place, F32, 4))
                 total = vectors.fma(total, lowest, moment)
             builder.store(total, totals[c])
 
-    def _plus(self, a: Any, b: Any) -> Any:
-        return b if a is None else self.builder.add(a, b)
-
-    def _group(self, group: int, weights: Any, codes: Any, starts: Any) -> list[Any]:
-        """Return a group's integer sums, one vector an activation."""
+    def _group(self, group: int, weights: Any, codes: Any, starts: Any) -> dict[int, list[Any]]:
+        """Return a group's integer sums, one vector an activation, by how far they are shifted."""
         vectors, layout, n = self.vectors, self.layout, self.n
+        found: dict[int, list[Any]] = {}
         if zero_point(layout, self.isa):
-            found = [
+            found[0] = [
                 vectors.broadcast(vectors.load(starts, (group * n + c) * 4, I32, 4))
                 for c in range(n)
             ]
-        else:
-            found = [vectors.zero(INTS)] * n
-        shifts: dict[int, list[Any]] = {0: found}  # sums of codes that lie so many bits too high
         for four in range(group * layout.group // 4, (group + 1) * layout.group // 4):
             weight, shift = self._codes(four, weights)
-            sums = shifts.setdefault(shift, [vectors.zero(INTS)] * n)
+            sums = found.setdefault(shift, [vectors.zero(INTS)] * n)
             for c in range(n):
                 theirs = vectors.broadcast(vectors.load(codes, (four * n + c) * 4, I32, 4))
                 theirs = self.builder.bitcast(theirs, BYTES)
                 sums[c] = vectors.dot(sums[c], weight, theirs, signed=self.signed)
-        for shift in sorted(shifts)[1:]:
-            for c in range(n):
-                part = self.builder.ashr(shifts[shift][c], vectors.constant(INTS, shift))
-                found[c] = self.builder.add(found[c], part)
         return found
 
     def _codes(self, four: int, weights: Any) -> tuple[Any, int]:
         """Return the codes of four columns, or what they stand for, and how far they are shifted.
 
-        Where bytes may be large and a group is long, codes stay at their bits and their sums are
-        shifted instead: exact, and one shift a group.
+        Where bytes may be large, codes stay at their bits and their sums are shifted instead,
+        which is exact.
         """
         vectors, layout = self.vectors, self.layout
-        if self.in_place:
-            (bits,) = layout.planes
-            v, field = divmod(four, 8 // bits)
-            vector = vectors.load(weights, layout.code_offsets[0, v], BYTES, LINE)
-            mask = vectors.constant(BYTES, ((1 << bits) - 1) << bits * field)
-            return self.builder.and_(vector, mask), bits * field
-        joined, shift = None, 0
+        joined, low = None, 0
         for plane, bits in enumerate(layout.planes):
-            fields = 8 // bits
-            offset = layout.code_offsets[plane, four // fields]
-            vector = vectors.load(weights, offset, BYTES, LINE)
-            part = vectors.field(vector, bits * (four % fields), bits)
-            if shift:
-                part = self.builder.or_(joined, vectors.up(part, shift))
-            joined, shift = part, shift + bits
+            v, field = layout.where(plane, four)
+            vector = vectors.load(weights, layout.places["codes", plane, v], BYTES, LINE)
+            if self.in_place:
+                return vectors.field(vector, bits * field, bits, bits * field), bits * field
+            part = vectors.field(vector, bits * field, bits, low)
+            joined = part if joined is None else self.builder.or_(joined, part)
+            low += bits
         if self.table is not None:
             return vectors.lookup(self.table, joined), 0
         if layout.planes == (8,) and not self.is_bias:
             return self.builder.xor(joined, vectors.constant(BYTES, 0x80)), 0
         return joined, 0
 
-    def _subs(self, group: int, weights: Any) -> tuple[Any, Any]:
-        """Return a group's sub-scales and sub-offsets."""
+    def _sub_scale(self, group: int, weights: Any) -> Any:
+        """Return a group's sub-scales."""
         vectors, layout = self.vectors, self.layout
-        sixteen = ir.VectorType(I8, ROWS)
-        numbers = vectors.load(weights, layout.sub_scale_offset + ROWS * group, sixteen, ROWS)
-        if layout.joined:
-            wide = vectors.widen(numbers, signed=False)
-            low = self.builder.and_(wide, vectors.constant(INTS, 15))
-            return low, self.builder.lshr(wide, vectors.constant(INTS, 4))
-        scale = vectors.widen(numbers, signed=True)
-        if not layout.sub_offsets:
-            return scale, None
-        numbers = vectors.load(weights, layout.sub_offset_offset + ROWS * group, sixteen, ROWS)
-        return scale, vectors.widen(numbers, signed=False)
+        place = layout.places["scale", group - group % 2 * layout.joined, 0]
+        numbers = vectors.load(weights, place, ir.VectorType(I8, ROWS), ROWS)
+        wide = vectors.widen(numbers, signed=not layout.joined)
+        if not layout.joined:
+            return wide
+        if group % 2:
+            return self.builder.lshr(wide, vectors.constant(INTS, 4))
+        return self.builder.and_(wide, vectors.constant(INTS, 15))
+
+    def _sub_offsets(self, group: int, weights: Any) -> Any:
+        """Return the sub-offsets of a group and the next, pairs of 16 bits."""
+        vectors, layout, builder = self.vectors, self.layout, self.builder
+        place = layout.places["low", group, 0]
+        if not layout.joined:
+            numbers = vectors.load(weights, place, ir.VectorType(I8, 2 * ROWS), ROWS)
+            return builder.bitcast(builder.zext(numbers, WORDS), INTS)
+        numbers = vectors.load(weights, place, ir.VectorType(I8, ROWS), ROWS)
+        wide = vectors.widen(numbers, signed=False)
+        both = builder.or_(wide, builder.shl(wide, vectors.constant(INTS, 12)))
+        return builder.and_(both, vectors.constant(INTS, 0x000F000F))
 
     def _scale(self, weights: Any, offset: int) -> Any:
         """Return 16 rows' super-scales."""
@@ -327,6 +333,7 @@ class Product:
     tiles : the weight
     n : activations of a call
     n_threads : at most the CPUs of this process
+    repeats : how often a run multiplies; timing more than one hides the start of the threads
 
     Attributes
     ----------
@@ -339,7 +346,7 @@ class Product:
         A count is below 1, or there are not so many CPUs.
     """
 
-    def __init__(self, tiles: Tiles, n: int = 1, n_threads: int = 1) -> None:
+    def __init__(self, tiles: Tiles, n: int = 1, n_threads: int = 1, *, repeats: int = 1) -> None:
         if n < 1:
             raise ValueError(f"product: got {n} activations, expected at least 1.")
         self.tiles, self.n = tiles, n
@@ -348,7 +355,7 @@ class Product:
         self._scratch = np.zeros(256 * n_threads, np.int8)
         self._buffers: list[npt.NDArray[np.int8]] = []
         operations = [one for part in groups_of(n, chosen()) for one in self._operations(*part)]
-        self._program = Program(operations, n_threads)
+        self._program = Program(operations * repeats, n_threads)
 
     def __call__(self, inputs: npt.ArrayLike) -> Floats:
         """Return the product with activations.
@@ -387,17 +394,12 @@ class Product:
         buffer = aligned_bytes(where.n_bytes * n_groups)
         self._buffers.append(buffer)
         base = buffer.ctypes.data
-        row = self.inputs.strides[0]
-        quantizing = [
-            self.inputs.ctypes.data + first * row, tiles.n_in, n, row // 4, kind,
-            base, base + where.scales, base + where.moments, base + where.sums(16, 1), where.padded,
-            self._scratch.ctypes.data, n_groups, where.n_bytes, AS_IS, 0, 0, 0,
-        ]  # fmt: skip
+        quantizing = quantize_arguments(self.inputs[first:], where, base, self._scratch, n_groups)
         multiplying = product_arguments(
             tiles, base, where, self.outputs[first:], n_groups, chosen()
         )
         return [
-            Operation(address_of(quantize_at), np.array(quantizing, np.int64)),
+            Operation(address_of(quantize_at), quantizing),
             Operation(address_of(multiply, ProductType(layout, chosen(), n)), multiplying),
         ]
 

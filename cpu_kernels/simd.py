@@ -59,6 +59,11 @@ class Vectors:
         arguments = [self._at(pointer, offset, I8), *(ir.Constant(I32, n) for n in (0, 0, 1))]
         self.builder.call(function, arguments)
 
+    def in_order(self) -> None:
+        """Keep LLVM from moving reads across this place: memory is read strictly forward."""
+        kind = ir.FunctionType(ir.VoidType(), [])
+        self.builder.asm(kind, "", "~{memory}", [], True)
+
     def _at(self, pointer: Value, offset: int, kind: Any) -> Value:
         moved = self.builder.gep(pointer, [ir.Constant(I64, offset)]) if offset else pointer
         return self.builder.bitcast(moved, kind.as_pointer())
@@ -86,21 +91,17 @@ class Vectors:
         return ir.Constant(BYTES, [value & 0xFF for value in padded] * 4)
 
     # integers ----------------------------------------------------------------------------------
-    def field(self, codes: Value, shift: int, bits: int) -> Value:
-        """Return `bits` bits of every byte, from bit `shift` on."""
-        if shift:
-            words = self.builder.bitcast(codes, WORDS)
-            words = self.builder.lshr(words, self.constant(WORDS, shift))
-            codes = self.builder.bitcast(words, BYTES)
-        if shift + bits == 8 and shift == 0:
+    def field(self, codes: Value, shift: int, bits: int, to: int = 0) -> Value:
+        """Return `bits` bits of every byte, from bit `shift` on, moved to bit `to`."""
+        if bits == 8:
             return codes
-        return self.builder.and_(codes, self.constant(BYTES, (1 << bits) - 1))
-
-    def up(self, codes: Value, shift: int) -> Value:
-        """Return bytes below 2**(8 - shift), times 2**shift."""
         words = self.builder.bitcast(codes, WORDS)
-        words = self.builder.shl(words, self.constant(WORDS, shift))
-        return self.builder.bitcast(words, BYTES)
+        if shift > to:
+            words = self.builder.lshr(words, self.constant(WORDS, shift - to))
+        elif shift < to:
+            words = self.builder.shl(words, self.constant(WORDS, to - shift))
+        mask = self.constant(BYTES, ((1 << bits) - 1) << to)
+        return self.builder.and_(self.builder.bitcast(words, BYTES), mask)
 
     def widen(self, numbers: Value, *, signed: bool) -> Value:
         """Return 16 bytes as 16 integers of 32 bits."""
@@ -144,6 +145,27 @@ class Vectors:
             return self._in_parts("llvm.aarch64.neon.sdot.v4i32.v16i8", [total, weights, inputs])
         return self._plain_dot(total, weights, inputs, signed=signed)
 
+    def dot_pairs(self, total: Value, a: Value, b: Value) -> Value:
+        """Add to 16 integers the dot products of 16 times two signed numbers of 16 bits.
+
+        `a` and `b` are 16 integers that hold the pairs.
+        """
+        if self.isa.vector_bytes >= 32:
+            words = [self.builder.bitcast(one, WORDS) for one in (a, b)]
+            if self.isa.vector_bytes == 64:
+                name, takes = "llvm.x86.avx512.vpdpwssd.512", [a, b]
+                if _VNNI_TAKES_BYTES:
+                    takes = words
+                return self._call(name, INTS, [total, *takes])
+            sums = self._in_parts("llvm.x86.avx2.pmadd.wd", words, INTS)
+            return self.builder.add(total, sums)
+        sixteen = self.constant(INTS, 16)
+        for is_low in (True, False):
+            numbers = [self.builder.shl(x, sixteen) if is_low else x for x in (a, b)]
+            numbers = [self.builder.ashr(x, sixteen) for x in numbers]
+            total = self.builder.add(total, self.builder.mul(*numbers))
+        return total
+
     def _vnni(self, total: Value, weights: Value, inputs: Value) -> Value:
         bits = 8 * self.isa.vector_bytes
         arguments = [total, weights, inputs]
@@ -172,6 +194,15 @@ class Vectors:
     def to_float(self, integers: Value) -> Value:
         """Return integers as floats."""
         return self.builder.sitofp(integers, FLOATS)
+
+    def to_integer(self, floats: Value) -> Value:
+        """Return floats as integers, rounded to the nearest, ties to even."""
+        nearest = self._call("llvm.rint.v16f32", FLOATS, [floats])
+        return self.builder.fptosi(nearest, INTS)
+
+    def reduce(self, how: str, integers: Value) -> Value:
+        """Return the sum ("add") or the largest ("smax") of 16 integers."""
+        return self._call(f"llvm.vector.reduce.{how}.v16i32", I32, [integers])
 
     def half(self, halves: Value) -> Value:
         """Return 16 half floats as floats."""

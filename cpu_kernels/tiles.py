@@ -6,10 +6,13 @@ sums are ever moved between lanes. So a tensor is rearranged once, when it is lo
 the same bits per weight::
 
     tile    = records from left to right
-    record  = codes of its columns, then sub-scales, sub-offsets, super-scales and -offsets, padded
-              to 64 bytes
+    record  = lines of 64 bytes in the order in which a product reads them: super-scales,
+              -offsets, sub-scales and -offsets of some groups together, and vectors of codes
     vector of codes, plane of p bits: byte 4 r + j, field f (bits p f and up)
             = row r, column 4 (8/p v + f) + j of vector v
+
+Memory is fastest where it is read strictly forward: with the scales of a record behind its codes
+the same products reached 80 % instead of 97 % of the bandwidth.
 
 A code's bits lie in one or two planes (six bits: four and two). Types whose codes stand for points
 of a lattice (IQ1, IQ2, IQ3) are stored as their coordinates: three or four bits instead of the
@@ -59,12 +62,13 @@ class Layout:
     zero : what code 0 stands for, where there are no levels
     block : columns that share a super-scale
     group : columns that share a sub-scale; the block where there is none
-    sub_scales, sub_offsets : whether there are any; both in one byte where both are below 16
-    joined : whether they are
+    sub_scales, sub_offsets : whether there are any
+    joined : whether two groups share a byte, the numbers being below 16
     offsets : whether a block has a super-offset
     scale : how a super-scale is stored: "half", "float" or "e8m0"
     factor : times which a super-scale is meant
     inputs : how llama.cpp quantizes what this type is multiplied by: Q8_0, Q8_1 or Q8_K
+    spread : whether a vector's fields belong to different groups, see ``where``
     n_blocks : of a record
     """
 
@@ -81,6 +85,7 @@ class Layout:
     scale: str
     factor: float
     inputs: str
+    spread: bool = False
     n_blocks: int = 1
 
     @property
@@ -98,49 +103,61 @@ class Layout:
         """Bytes of 16 rows' super-scales."""
         return ROWS * {"half": 2, "float": 4, "e8m0": 1}[self.scale]
 
-    def vectors(self) -> Iterator[tuple[int, int]]:
-        """Yield plane and number of every vector of codes, in the order in which they are read."""
-        for four_columns in range(self.columns // 4):
-            for plane, bits in enumerate(self.planes):
-                if four_columns % (8 // bits) == 0:
-                    yield plane, four_columns // (8 // bits)
+    def where(self, plane: int, four: int) -> tuple[int, int]:
+        """Return vector and field of the bits of four columns in a plane.
+
+        Spread, the fields of a vector belong to as many groups: a group's codes then lie at the
+        same bits everywhere, and their sum can be shifted instead of them.
+        """
+        fields, per_group = 8 // self.planes[plane], self.group // 4
+        if not self.spread:
+            return divmod(four, fields)
+        span, within = divmod(four, fields * per_group)
+        field, step = divmod(within, per_group)
+        return span * per_group + step, field
 
     @functools.cached_property
-    def code_offsets(self) -> dict[tuple[int, int], int]:
-        """Where each vector of codes begins, in bytes."""
-        return {vector: LINE * i for i, vector in enumerate(self.vectors())}
+    def places(self) -> dict[tuple[str, int, int], int]:
+        """Where everything begins, in bytes.
 
-    @property
-    def sub_scale_offset(self) -> int:
-        """Where the sub-scales begin."""
-        return LINE * len(self.code_offsets)
+        ("codes", plane, vector): 64 bytes; ("super", block, 0), ("offset", block, 0): one of 16
+        rows each; ("scale", group, 0): 16 bytes, two groups in one where joined; ("low", group, 0):
+        sub-offsets of a group and the next, row by row.
+        """
+        places: dict[tuple[str, int, int], int] = {}
+        end, line, left = 0, 0, 0
+        for key, size in self._parts():
+            if key in places:
+                continue
+            if key[0] == "codes":
+                places[key], end = end, end + LINE
+                continue
+            if left < size:
+                line, left, end = end, LINE, end + LINE
+            places[key] = line + LINE - left
+            left -= size
+        return places
 
-    @property
-    def sub_offset_offset(self) -> int:
-        """Where the sub-offsets begin."""
-        return self.sub_scale_offset + ROWS * self.n_groups * self.sub_scales
-
-    @property
-    def scale_offset(self) -> int:
-        """Where the super-scales begin."""
-        return self.sub_offset_offset + ROWS * self.n_groups * (
-            self.sub_offsets and not self.joined
-        )
-
-    @property
-    def offset_offset(self) -> int:
-        """Where the super-offsets begin."""
-        return self.scale_offset + self.scale_bytes * self.n_blocks
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of a record before padding."""
-        return self.offset_offset + self.scale_bytes * self.n_blocks * self.offsets
+    def _parts(self) -> Iterator[tuple[tuple[str, int, int], int]]:
+        """Yield all parts of a record with their bytes, in the order in which they are read."""
+        per_block = self.block // self.group
+        for block in range(self.n_blocks):
+            yield ("super", block, 0), self.scale_bytes
+            if self.offsets:
+                yield ("offset", block, 0), self.scale_bytes
+            for group in range(block * per_block, (block + 1) * per_block):
+                if self.sub_scales:
+                    yield ("scale", group - group % 2 * self.joined, 0), ROWS
+                if self.sub_offsets:
+                    yield ("low", group - group % 2, 0), ROWS if self.joined else 2 * ROWS
+                for four in range(group * self.group // 4, (group + 1) * self.group // 4):
+                    for plane in range(len(self.planes)):
+                        yield ("codes", plane, self.where(plane, four)[0]), LINE
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return -(-self.used_bytes // LINE) * LINE
+        return (max(self.places.values()) // LINE + 1) * LINE
 
     @property
     def bpw(self) -> float:
@@ -168,7 +185,7 @@ def layout_of(qtype: GGMLQuantizationType, isa: Isa) -> Layout:
         return layout
     counts = (1, 2, 4, 8)
     repeated = [replace(layout, n_blocks=n) for n in counts if layout.block * n >= 32]
-    return next((one for one in repeated if one.used_bytes == one.record_bytes), repeated[-1])
+    return min(repeated, key=lambda one: one.bpw)
 
 
 def _of_format(form: BlockFormat, isa: Isa) -> Layout:
@@ -180,6 +197,7 @@ def _of_format(form: BlockFormat, isa: Isa) -> Layout:
     is_float = isinstance(form.super_scale, Absent)  # NVFP4: its sub-scales are floats
     half = "half" if isa.has_half else "float"
     sub_offsets = form.sub_offset_range is not None
+    in_place = isa.dot == "vnni" and is_affine and levels[0] == 0 and len(_PLANES[bits]) == 1
     return Layout(
         qtype=form.qtype.name,
         planes=_PLANES[bits],
@@ -194,6 +212,7 @@ def _of_format(form: BlockFormat, isa: Isa) -> Layout:
         scale="e8m0" if form.qtype in _E8M0 else half,
         factor=1.0,
         inputs=_inputs(form.qtype, form.block_size),
+        spread=in_place and has_subs,
     )
 
 
@@ -361,36 +380,44 @@ def _write(layout: Layout, numbers: _Numbers, out: Bytes, n_records: int) -> Non
         padded[: len(values), : values.shape[1]] = values
         return padded.reshape(n_tiles, ROWS, n_records, each).transpose(0, 2, 3, 1)
 
-    codes = by_record(numbers.codes, layout.columns)  # (n_tiles, n_records, columns, ROWS)
+    def place(part: str, index: int, values: npt.NDArray[Any]) -> None:
+        """Write (n_tiles, n_records, ROWS) numbers."""
+        start = layout.places[part, index, 0]
+        flat = np.ascontiguousarray(values).view(np.uint8).reshape(n_tiles, n_records, -1)
+        records[:, :, start : start + flat.shape[2]] = flat
+
+    codes = by_record(numbers.codes, layout.columns).reshape(n_tiles, n_records, -1, 4, ROWS)
     shift = 0
     for plane, bits in enumerate(layout.planes):
         part = (codes >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
-        fields = part.reshape(n_tiles, n_records, -1, 8 // bits, 4, ROWS)
-        vectors = fields[:, :, :, 0].copy()
-        for field in range(1, 8 // bits):
-            vectors |= fields[:, :, :, field] << np.uint8(bits * field)
+        vectors = np.zeros((n_tiles, n_records, codes.shape[2] * bits // 8, 4, ROWS), np.uint8)
+        for four in range(codes.shape[2]):
+            v, field = layout.where(plane, four)
+            vectors[:, :, v] |= part[:, :, four] << np.uint8(bits * field)
         for v in range(vectors.shape[2]):
-            start = layout.code_offsets[plane, v]
+            start = layout.places["codes", plane, v]
             records[:, :, start : start + LINE] = (
                 vectors[:, :, v].transpose(0, 1, 3, 2).reshape(n_tiles, n_records, LINE)
             )
         shift += bits
-
-    def place(start: int, values: npt.NDArray[np.generic], each: int) -> None:
-        flat = np.ascontiguousarray(by_record(values, each)).view(np.uint8)
-        flat = flat.reshape(n_tiles, n_records, -1)
-        records[:, :, start : start + flat.shape[2]] = flat
-
-    sub_scale = numbers.sub_scale.view(np.uint8)
-    if layout.joined:
-        sub_scale = sub_scale | numbers.sub_offset << np.uint8(4)
-    elif layout.sub_offsets:
-        place(layout.sub_offset_offset, numbers.sub_offset, layout.n_groups)
+    scales = _stored(layout, by_record(numbers.super_scale, layout.n_blocks))
+    offsets = _stored(layout, by_record(numbers.super_offset, layout.n_blocks))
+    for block in range(layout.n_blocks):
+        place("super", block, scales[:, :, block])
+        if layout.offsets:
+            place("offset", block, offsets[:, :, block])
+    step = 2 if layout.joined else 1
     if layout.sub_scales:
-        place(layout.sub_scale_offset, sub_scale, layout.n_groups)
-    place(layout.scale_offset, _stored(layout, numbers.super_scale), layout.n_blocks)
-    if layout.offsets:
-        place(layout.offset_offset, _stored(layout, numbers.super_offset), layout.n_blocks)
+        own = by_record(numbers.sub_scale.view(np.uint8), layout.n_groups)
+        for group in range(0, layout.n_groups, step):
+            pair = own[:, :, group : group + step]
+            place("scale", group, pair[:, :, 0] | pair[:, :, -1] << np.uint8(4) * (step - 1))
+    if layout.sub_offsets:
+        own = by_record(numbers.sub_offset, layout.n_groups)
+        for group in range(0, layout.n_groups, 2):
+            low, high = own[:, :, group], own[:, :, group + 1]
+            joined = low | high << np.uint8(4)
+            place("low", group, joined if layout.joined else np.stack([low, high], axis=-1))
 
 
 def _stored(layout: Layout, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:
@@ -399,4 +426,5 @@ def _stored(layout: Layout, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.g
         return scales.astype("<f2")
     if layout.scale == "float":
         return scales
-    return ((scales.view(np.uint32) >> 23) & 0xFF).astype(np.uint8)  # powers of two
+    bits = np.ascontiguousarray(scales).view(np.uint32)
+    return ((bits >> 23) & 0xFF).astype(np.uint8)  # powers of two

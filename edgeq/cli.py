@@ -53,6 +53,21 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
         return tuple(_Bytes().convert(one, param, ctx) for one in str(value).split(","))
 
 
+class _Counts(click.ParamType[tuple[int, ...]]):
+    """One whole number, or several with commas between."""
+
+    name = "n,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", str(value)):
+            self.fail(f"{value!r} is no list of numbers from 1; write it like 1,2", param, ctx)
+        return tuple(int(one) for one in str(value).split(","))
+
+
 Command = Callable[..., Any]
 _PATH = click.Path(path_type=Path)
 
@@ -66,10 +81,12 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return apply
 
 
-_common = _options(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+_running = _options(
     click.option("-v", "--verbose", count=True, help="Say what is done; twice: in detail."),
     click.option("--threads", type=click.IntRange(1), help="Default: every CPU."),
+)
+_common = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."), _running
 )
 _input = _options(
     click.option("--allow-requantize", is_flag=True, help="Accept a quantized GGUF as source."),
@@ -108,6 +125,9 @@ _allocation = _options(
         default=DEFAULT_COSTS,
         show_default=True,
         help="Of types: weight, imatrix, hessian, relative, fisher, measured; or costs-*.json.",
+    ),
+    click.option(
+        "--speeds", type=_PATH, help="Of edgeq bench --types: choose types for --min-tps by them."
     ),
     click.option("--types", metavar="TYPE,...", help="Types that tensors may get, like Q4_K,Q6_K."),
     click.option("--policy", type=_PATH, help="Apply a trained policy: --allocator ramp:policy=."),
@@ -275,6 +295,7 @@ def _target(options: dict[str, Any], sizes: tuple[int, ...] | None) -> dict[str,
         ),
         "allocator": allocator,
         "costs": options["costs"],
+        "speeds": options["speeds"],
         "types": options["types"],
     }
 
@@ -426,8 +447,16 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=_PATH, metavar="FILE...")
-@click.option("--reference", required=True, help="Float MODEL, or a stored file of its logits.")
+@click.option("--reference", help="Float MODEL, or a stored file of its logits.")
 @click.option("--text", "eval_text", multiple=True, metavar="FILE", help="Text to judge on.")
+@click.option(
+    "--tasks",
+    type=_PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Questions: HellaSwag as text; ARC, PIQA, LAMBADA, your own as JSONL; repeatable.",
+)
+@click.option("--task-items", type=click.IntRange(1), help="Ask so many items of each file.")
 @click.option("--ctx", "n_ctx", type=int, help="Tokens of one chunk. Default: 512.")
 @click.option("--chunks", "eval_chunks", type=int, help="Judge on at most so many chunks.")
 @click.option("--force", is_flag=True, help="Accept text that calibration has seen.")
@@ -442,10 +471,16 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
 def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: Any) -> None:
     """Measure files against their reference.
 
-    Perplexity, KL divergence and its percentiles, changes of the most likely token, tokens/s.
+    Perplexity, KL divergence and its percentiles, changes of the most likely token, tokens/s;
+    answers to --tasks, which need no --text, and no --reference for accuracy alone.
     """
     from edgeq import commands
 
+    alone = options["tasks"] and not (options["eval_text"] or options["save_logits"])
+    if options["reference"] is None and not alone:
+        raise click.UsageError("Missing option '--reference'. Only --tasks can do without.")
+    if options["task_items"] is not None and not options["tasks"]:
+        raise click.UsageError("--task-items: no tasks. Give --tasks FILE, one or several.")
     result = commands.evaluate(
         files,
         options["reference"],
@@ -457,8 +492,121 @@ def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: An
         speed=options["speed"],
         source=_source_choice(options, files[0]),
         steps=_start(verbose),
+        tasks=options["tasks"],
+        task_items=options["task_items"],
     )
     _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("file", type=_PATH, required=False)
+@click.option("--types", "all_types", is_flag=True, help="Time products by type, not a file.")
+@click.option("--type", "types", multiple=True, metavar="NAME", help="These types alone.")
+@click.option("-o", "--out", type=_PATH, help="With --types: write speeds.json, for plan --speeds.")
+@click.option(
+    "--backend",
+    type=click.Choice(["both", "llama", "kernels"]),
+    default="both",
+    show_default=True,
+    help="llama.cpp, our kernels' decoder, or both in turn.",
+)
+@click.option("--threads", type=_Counts(), default="1", show_default=True, help="Like 1,2.")
+@click.option("--tokens", type=_Counts(), help="With --types: tokens of a product. Default: 1.")
+@click.option("--batches", type=_Counts(), help="Also time batches of so many tokens, like 2,4,8.")
+@click.option("--prompt", "n_prompt", default=512, show_default=True, help="Tokens read together.")
+@click.option("--gen", "n_gen", default=32, show_default=True, help="Tokens written one by one.")
+@click.option("--repetitions", default=7, show_default=True, help="Of every measurement.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", count=True, help="Say what is done; twice: in detail.")
+def bench(file: Path | None, as_json: bool, verbose: int, **options: Any) -> None:
+    """Measure speed on this CPU.
+
+    Tokens/s of FILE, or with --types the time of every type's product. llama.cpp and the project's
+    own kernels are timed in turn; medians, with their spread.
+    """
+    from edgeq import benchmarks
+
+    if (file is None) != (options["all_types"] or bool(options["types"])):
+        raise click.UsageError("Give a FILE, or --types.")
+    steps, repetitions = _start(verbose), options["repetitions"]
+    if file is None:
+        types = benchmarks.bench_types(
+            options["types"],
+            options["threads"],
+            tokens=options["tokens"] or (1,),
+            repetitions=repetitions,
+            steps=steps,
+        )
+        if options["out"] is not None:
+            benchmarks.write_speeds(types, options["out"])
+        _show(as_json, types.as_json(), types.as_text())
+        return
+    backend = options["backend"]
+    result = benchmarks.bench_file(
+        file,
+        ("llama", "kernels") if backend == "both" else (backend,),
+        options["threads"],
+        n_prompt=options["n_prompt"],
+        n_gen=options["n_gen"],
+        batches=options["batches"] or (),
+        repetitions=repetitions,
+        steps=steps,
+    )
+    _show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("file", type=_PATH)
+@click.option("--against", type=_PATH, required=True, help="The report.json of the baseline.")
+@click.option(
+    "--max-kld-increase", metavar="5%", help="Of the KL divergence from the reference. Default: 5%."
+)
+@click.option("--max-flips", metavar="1%", help="Tokens more with another top. Default: 1%.")
+@click.option(
+    "--min-tps-ratio", metavar="0.9", help="Of decoded tokens/s. Default: 0.9 where measurable."
+)
+@click.option("--reference", help="Float MODEL or stored logits. Default: the report's.")
+@click.option("--text", multiple=True, metavar="FILE", help="Default: what the report keeps.")
+@click.option("--force", is_flag=True, help="Accept text that calibration has seen.")
+@click.option(
+    "--json",
+    "as_json",
+    type=_PATH,
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write the result as JSON; without FILE, print it.",
+)
+@click.option("--junit", type=_PATH, metavar="FILE", help="Write the result as JUnit XML.")
+@_input
+@_running
+def check(file: Path, against: Path, as_json: Path | None, verbose: int, **options: Any) -> None:
+    """Fail if a file is worse than an earlier one.
+
+    Compares FILE with the file of a report that evaluate --json or export wrote, on the same text
+    against the same reference. Exit code 1 if a criterion failed beyond doubt.
+    """
+    from edgeq import gate
+    from edgeq.criteria import Limits
+
+    prints = as_json == Path("-")
+    outcome = gate.check(
+        file,
+        against,
+        reference=options["reference"],
+        texts=tuple(options["text"]),
+        limits=Limits.parse(
+            options["max_kld_increase"], options["max_flips"], options["min_tps_ratio"]
+        ),
+        force=options["force"],
+        json_out=None if prints else as_json,
+        junit_out=options["junit"],
+        source=_source_choice(options, file),
+        steps=_start(verbose),
+    )
+    _show(prints, outcome.as_json(), outcome.as_text())
+    if not outcome.passed:
+        sys.exit(1)
 
 
 @cli.command()

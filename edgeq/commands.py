@@ -1,6 +1,7 @@
 """What the commands beside ``export`` do: single steps of the walk, and looking at files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from converters.architectures import known_architectures
@@ -10,10 +11,10 @@ from converters.errors import ConversionError
 from converters.gguf_file import open_gguf
 from converters.hub import resolve_model
 from converters.imatrix_file import write_imatrix
-from edgeq import allocation, pipeline, provenance
+from edgeq import allocation, pipeline
 from edgeq.console import Steps
 from edgeq.errors import EvaluationError, RecipeError
-from edgeq.evaluation import Speed, measure_speeds, store_reference
+from edgeq.evaluation import Evaluation, Speed, measure_speeds, store_reference
 from edgeq.evaluation import evaluate as evaluate_file
 from edgeq.evaluation.chunks import MIN_CTX
 from edgeq.evaluation.store import stored_chunks
@@ -24,13 +25,13 @@ from edgeq.opening import (
     open_reference,
     prepare_texts,
 )
-from edgeq.proving import size_of
+from edgeq.proving import check_not_calibrated_on, read_text, size_of, stored_text
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe, TextChoice
 from edgeq.registry import Plugin
 from edgeq.results import FileResult, Measured, Written
-from edgeq.runtime.model import Model
-from edgeq.texts import Part, check_unused, make_part, prepare, read_sources
+from edgeq.tasks import Task, ask, read_task
+from edgeq.texts import Part
 from edgeq.transforms import write_rotated
 from edgeq.workdir import WorkDirectory
 
@@ -169,7 +170,7 @@ def write_plan(recipe: Recipe, out: Path, tensor_type_file: Path | None, steps: 
 
 def evaluate(
     files: Sequence[Path],
-    reference: str,
+    reference: str | None,
     texts: tuple[str, ...],
     *,
     n_ctx: int | None,
@@ -179,13 +180,22 @@ def evaluate(
     speed: bool,
     source: SourceChoice,
     steps: Steps,
+    tasks: Sequence[Path] = (),
+    task_items: int | None = None,
 ) -> Measured:
     """Measure files against a reference model, or against its stored logits.
+
+    Parameters
+    ----------
+    reference : may be None where there are tasks and no texts
+    tasks : also ask files these items; a stored reference answers none
+    task_items : of each file at most so many
 
     Raises
     ------
     EvaluationError
-        The text does not fit, or a file was calibrated on it and that is not forced.
+        The text does not fit, or a file was calibrated on it and that is not forced; or a file of
+        tasks is broken.
     """
     if n_ctx is not None and n_ctx < MIN_CTX:
         raise EvaluationError(f"--ctx: got {n_ctx}, expected {MIN_CTX} or more.")
@@ -193,27 +203,34 @@ def evaluate(
         raise EvaluationError(f"--chunks: got {chunks}, expected 1 or more.")
     if save_logits is not None:
         check_output(save_logits, (reference, *files, *texts))
+    asked = tuple(read_task(path, task_items) for path in tasks)  # before anything takes time
+    if reference is None:
+        measured = _measured(files, None, None, n_ctx, chunks, source, steps, speed, ())
+        return _with_tasks(measured, asked, None, source, steps)
     stored = Path(reference)
     if stored.is_file() and (rows := stored_chunks(stored)) is not None:
         if save_logits is not None:
             raise EvaluationError(f"{stored}: holds logits already; leave --save-logits out.")
-        with Model(files[0], vocab_only=True) as model:
-            if int(rows.max()) >= model.n_vocab:  # llama.cpp would end the process
-                raise EvaluationError(
-                    f"{stored}: has another vocabulary than {files[0]}; got token {rows.max()}, "
-                    f"expected less than {model.n_vocab}. Compare files of one model."
-                )
-            part = make_part(model, "evaluation", rows[:chunks])
-        notes = _check_unused(files, part, texts or (reference,), force)
-        text = _read_text(files[0], texts, rows.shape[1], chunks) if texts else None
+        if asked:
+            raise EvaluationError(
+                f"{stored}: holds logits, which answer no tasks; expected a model. Give the float "
+                "model, or ask --tasks in a run without --reference."
+            )
+        part = stored_text(files[0], rows[:chunks], stored)
+        names = " + ".join(texts or (reference,))
+        notes = check_not_calibrated_on(files, part, names, force=force)
+        text = read_text(files[0], texts, rows.shape[1], chunks) if texts else None
         return _measured(files, stored, text, n_ctx, chunks, source, steps, speed, notes)
-    if not texts:
+    if not texts and (save_logits is not None or not asked):
         raise EvaluationError("evaluate: no text. Give --text FILE, one or several.")
     with WorkDirectory(source.work) as work:
         opened = open_reference(reference, source, work, steps)
+        if not texts:
+            measured = _measured(files, None, None, n_ctx, chunks, source, steps, speed, ())
+            return _with_tasks(measured, asked, opened.path, source, steps)
         n_ctx = n_ctx or TextChoice().n_ctx
-        part = _read_text(opened.path, texts, n_ctx, chunks)
-        notes = _check_unused(files, part, texts, force)
+        part = read_text(opened.path, texts, n_ctx, chunks)
+        notes = check_not_calibrated_on(files, part, " + ".join(texts), force=force)
         judge = opened.path
         if save_logits is not None:
             with steps.step("store") as progress:
@@ -227,40 +244,27 @@ def evaluate(
                     progress=progress,
                 )
             judge = save_logits
-        return _measured(files, judge, part, n_ctx, chunks, source, steps, speed, notes)
+        measured = _measured(files, judge, part, n_ctx, chunks, source, steps, speed, notes)
+        return _with_tasks(measured, asked, opened.path, source, steps)
 
 
-def _read_text(path: Path, texts: tuple[str, ...], n_ctx: int, limit: int | None) -> Part:
-    with Model(path, vocab_only=True) as model:
-        sources = read_sources(path, texts)
-        parts = prepare(
-            model,
-            sources,
-            chunk=n_ctx,
-            n_chunks={"evaluation": limit},
-            shares={"evaluation": 1.0},
-        )
-    return parts["evaluation"]
-
-
-def _check_unused(
-    files: Sequence[Path], part: Part, texts: tuple[str, ...], force: bool
-) -> tuple[str, ...]:
-    """Refuse text that a file says it was calibrated on."""
-    notes = []
-    for path in files:
-        manifest = provenance.calibration_manifest(open_gguf(path))
-        if manifest is not None:
-            note = check_unused(
-                manifest, part, " + ".join(texts), error=EvaluationError, force=force
-            )
-            notes += [] if note is None else [f"Judged on calibration text: {note}."]
-    return tuple(notes)
+def _with_tasks(
+    measured: Measured,
+    tasks: Sequence[Task],
+    reference: Path | None,
+    source: SourceChoice,
+    steps: Steps,
+) -> Measured:
+    if not tasks:
+        return measured
+    files = {file.label: file.path for file in measured.files}
+    found = ask(files, tasks, reference, n_threads=source.n_threads, steps=steps)
+    return replace(measured, tasks=found)
 
 
 def _measured(
     files: Sequence[Path],
-    judge: Path,
+    judge: Path | None,
     part: Part | None,
     n_ctx: int | None,
     chunks: int | None,
@@ -271,8 +275,11 @@ def _measured(
 ) -> Measured:
     rows = []
     timings: list[Speed | None] = [None] * len(files)
-    evaluations = []
+    evaluations: list[Evaluation | None] = []
     for path in files:
+        if judge is None:
+            evaluations.append(None)
+            continue
         with steps.step(f"evaluate {path.name}") as progress:
             evaluations.append(
                 evaluate_file(

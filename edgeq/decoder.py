@@ -25,6 +25,8 @@ from cpu_kernels.inputs import (
     SILU,
     InputLayout,
     add_normalized,
+    float_bits,
+    quantize_arguments,
     quantize_at,
 )
 from cpu_kernels.isa import chosen
@@ -423,7 +425,7 @@ class Decoder:
             q.ctypes.data, k.ctypes.data, v.ctypes.data, q.shape[1], k.shape[1], v.shape[1],
             shape.n_heads, shape.n_kv_heads, shape.head_dim,
             shape.n_rotated, shape.architecture == "llama", table.ctypes.data,
-            *norms, _bits(shape.epsilon), keys, key_scales, values, value_scales, self.n_ctx,
+            *norms, float_bits(shape.epsilon), keys, key_scales, values, value_scales, self.n_ctx,
             *biases, self._state.ctypes.data,
         ]  # fmt: skip
         builder.add(rotate_and_store, storing, self._cache)
@@ -431,7 +433,8 @@ class Decoder:
             q.ctypes.data, q.shape[1], out.ctypes.data, out.shape[1],
             shape.n_heads, shape.n_kv_heads, shape.head_dim,
             keys, key_scales, values, value_scales, self.n_ctx,
-            _bits(shape.score_scale), _bits(0.0), shape.window if shape.is_local(layer) else 0,
+            float_bits(shape.score_scale), float_bits(0.0),
+            shape.window if shape.is_local(layer) else 0,
             self._scores.ctypes.data, self._scores.shape[1], self._state.ctypes.data,
         ]  # fmt: skip
         builder.add(attend, attending, self._cache)
@@ -537,20 +540,18 @@ class _Builder:
         for kind in kinds:
             for start, n, n_groups in groups_of(self._n, self._isa):
                 where, buffer = self._buffer(n_in, kind, start, n, n_groups)
-                base, row = buffer.ctypes.data, values.strides[0]
-                moved = [
-                    one.ctypes.data + start * one.strides[0] * (one.ndim > 1)
-                    if one is not None
-                    else 0
-                    for one in (first, second)
-                ]
-                arguments = [
-                    values.ctypes.data + start * row, n_in, n, row // 4, KINDS.index(kind),
-                    base, base + where.scales, base + where.moments, base + where.sums(16, 1),
-                    where.padded, self._scratch.ctypes.data, n_groups, where.n_bytes,
-                    how, *moved, _bits(epsilon),
-                ]  # fmt: skip
-                self.add(quantize_at, arguments)
+                arguments = quantize_arguments(
+                    values[start:],
+                    where,
+                    buffer.ctypes.data,
+                    self._scratch,
+                    n_groups,
+                    how,
+                    _address(first, start),
+                    _address(second, start),
+                    epsilon,
+                )
+                self.operations.append(Operation(address_of(quantize_at), arguments))
 
     def multiply(
         self, name: str, values: Floats, out: Floats, *, adds: bool = False, meets: bool = True
@@ -575,7 +576,7 @@ class _Builder:
         """Add normalized rows to the residual."""
         arguments = [
             rows.ctypes.data, added.ctypes.data, rows.shape[1], added.shape[1],
-            norm.ctypes.data, shape.n_embd, _bits(shape.epsilon), self._n,
+            norm.ctypes.data, shape.n_embd, float_bits(shape.epsilon), self._n,
         ]  # fmt: skip
         self.add(add_normalized, arguments)
 
@@ -589,6 +590,8 @@ class _Builder:
         return where, self._inputs[key]
 
 
-def _bits(number: float) -> int:
-    """Return the bits of a float32, as a program's arguments carry it."""
-    return int(np.float32(number).view(np.int32))
+def _address(values: Floats | None, row: int) -> int:
+    """Return where a row begins; a vector's only one; 0 of nothing."""
+    if values is None:
+        return 0
+    return int(values.ctypes.data + (row * values.strides[0] if values.ndim > 1 else 0))

@@ -330,7 +330,8 @@ def _plan(
             recipe.n_threads,
         )
         with Measurer(ground, work, steps) as measurer:
-            found = Planner(measurer, recipe.costs, recipe.allocator).plan(recipe.target)
+            planner = Planner(measurer, recipe.costs, recipe.allocator, recipe.speeds)
+            found = planner.plan(recipe.target)
     else:
         with steps.step("allocate"):
             has_imatrix = seen.imatrix is not None

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cpu_kernels.lattice_formats import LATTICES
@@ -15,6 +17,7 @@ from edgeq.allocation import (
 )
 from edgeq.allocation.knapsack import Knapsack
 from edgeq.allocation.preset import known_mixes, largest_mix
+from edgeq.allocation.speeds import read_speeds, timed
 from edgeq.costing import make_costs
 from edgeq.errors import RecipeError
 from edgeq.evaluation import measure_speeds
@@ -22,16 +25,23 @@ from edgeq.measuring import Joint, Measurer
 from edgeq.recipe import DEFAULT_PRESET, Target
 
 _SIZE_STEP = 0.005  # a size is found to half a percent
+_FILES = 6  # written and timed for a speed
 
 
 class Planner:
     """Plans for targets. Costs and measurements are made once and serve every target."""
 
-    def __init__(self, measurer: Measurer, estimator: str, allocator: str) -> None:
+    def __init__(
+        self, measurer: Measurer, estimator: str, allocator: str, speeds: Path | None = None
+    ) -> None:
         self.measurer = measurer
         self.allocator_name = allocator
         self.allocator = make_allocator(allocator)
         self.costs = make_costs(measurer, estimator)
+        self.is_timed = speeds is not None
+        if speeds is not None:
+            has_output = "output.weight" in measurer.file.tensors
+            self.costs = timed(self.costs, read_speeds(speeds), has_output=has_output)
         ground = measurer.ground
         self.mixes = known_mixes(
             measurer.file, self.costs, has_imatrix=ground.importances is not None
@@ -52,6 +62,8 @@ class Planner:
         RecipeError
             It cannot be met; the message names the nearest that can.
         """
+        if target.min_tps is not None and self.is_timed and not target.is_divergence:
+            return self._planned(self._fast(target))
         size = self._size(target)
         with self.measurer.steps.step("allocate"):
             found = self.allocator.allocate(self.problem, Budget(size_bytes=size))
@@ -133,6 +145,27 @@ class Planner:
             )
         return most if too_slow is None else max(least, int(too_slow / (1 + _SIZE_STEP)))
 
+    def _fast(self, target: Target) -> Allocation:
+        """Return the best choice that decodes so fast, by the times of types, proven by real files.
+
+        A token takes longer than its products; by how much, the last file says.
+        """
+        min_tps, size = float(target.min_tps or 0), self._size(replace(target, min_tps=None))
+        beside = 1.0
+        with self.measurer.steps.step("search speed"):
+            for _ in range(_FILES):
+                seconds = 1 / min_tps / beside
+                found = self.allocator.allocate(self.problem, Budget(size, seconds=seconds))
+                reached = self._decode_rate(self.costs.types(found.choice))
+                if reached >= min_tps:
+                    facts = {**found.facts, "tps": reached}
+                    return Allocation(found.choice, facts, found.notes)
+                beside *= min_tps / reached * (1 + _SIZE_STEP)
+        raise RecipeError(
+            f"--min-tps: got {min_tps:g}; the last of {_FILES} files decodes {reached:.1f} "
+            "tokens/s here. Ask for a little less, or allow faster --types."
+        )
+
     def _types_of(self, size: int) -> dict[str, Any]:
         found = Knapsack().allocate(self.problem, Budget(size_bytes=size))
         return self.costs.types(found.choice)
@@ -141,7 +174,10 @@ class Planner:
         return self.measurer.joint(self._types_of(size))
 
     def _tokens_per_second(self, size: int) -> float:
-        path = self.measurer.write_nearest(self._types_of(size))
+        return self._decode_rate(self._types_of(size))
+
+    def _decode_rate(self, types: dict[str, Any]) -> float:
+        path = self.measurer.write_nearest(types)
         try:
             speeds = measure_speeds([path], n_threads=self.measurer.ground.n_threads)
             return speeds[0].decode.median

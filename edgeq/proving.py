@@ -1,4 +1,7 @@
-"""The last step of the walk: files judged against the reference, and timed, through llama.cpp."""
+"""The last step of the walk: files judged against the reference, and timed, through llama.cpp.
+
+Also the text that a file is judged on, and that its calibration has not seen it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,13 +11,16 @@ from converters.gguf_file import open_gguf
 from edgeq import allocation, provenance
 from edgeq.allocation import Plan
 from edgeq.console import Progress, Steps
+from edgeq.errors import EvaluationError
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
 from edgeq.opening import Reference, UsedText
 from edgeq.provenance import Seen
 from edgeq.quantization import Importances
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult
+from edgeq.runtime.model import Model, Tokens
 from edgeq.runtime.presets import MixOptions, quantize_with_llama_cpp
+from edgeq.texts import Part, check_unused, make_part, prepare, read_sources
 from edgeq.workdir import WorkDirectory
 
 
@@ -121,3 +127,47 @@ def size_of(path: Path) -> tuple[int, float]:
 
 def _unmeasured(label: str, path: Path) -> FileResult:
     return FileResult(label, path, *size_of(path), None, None)
+
+
+def read_text(path: Path, texts: tuple[str, ...], n_ctx: int, limit: int | None) -> Part:
+    """Read text files to judge on, as tokens of the model at `path`, at most `limit` chunks."""
+    with Model(path, vocab_only=True) as model:
+        sources = read_sources(path, texts)
+        parts = prepare(
+            model,
+            sources,
+            chunk=n_ctx,
+            n_chunks={"evaluation": limit},
+            shares={"evaluation": 1.0},
+        )
+    return parts["evaluation"]
+
+
+def stored_text(path: Path, rows: Tokens, where: Path) -> Part:
+    """Return chunks of tokens that `where` keeps as text for the model at `path`.
+
+    Raises
+    ------
+    EvaluationError
+        A token is outside the model's vocabulary.
+    """
+    with Model(path, vocab_only=True) as model:
+        if rows.min() < 0 or rows.max() >= model.n_vocab:  # llama.cpp would end the process
+            raise EvaluationError(
+                f"{where}: has another vocabulary than {path}; got tokens {rows.min()} to "
+                f"{rows.max()}, expected 0 to {model.n_vocab - 1}. Compare files of one model."
+            )
+        return make_part(model, "evaluation", rows)
+
+
+def check_not_calibrated_on(
+    files: Sequence[Path], part: Part, where: str, *, force: bool
+) -> tuple[str, ...]:
+    """Refuse text that a file says it was calibrated on; with `force`, return what to report."""
+    notes = []
+    for path in files:
+        manifest = provenance.calibration_manifest(open_gguf(path))
+        if manifest is not None:
+            note = check_unused(manifest, part, where, error=EvaluationError, force=force)
+            notes += [] if note is None else [f"Judged on calibration text: {note}."]
+    return tuple(notes)

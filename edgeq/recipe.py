@@ -188,6 +188,7 @@ class Recipe:
     target : what the file has to be; an allocator then chooses the types instead of `preset`
     allocator : registered name, with settings after a colon
     costs : estimator of the losses that the allocator sees, see ``edgeq.costing``
+    speeds : of types on this CPU, for `target.min_tps`; None: by size alone
     types : that tensors may get, ``Q4_K,Q6_K``; None: all that llama.cpp runs well
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
@@ -213,6 +214,7 @@ class Recipe:
     target: Target = Target()
     allocator: str = "knapsack"
     costs: str = DEFAULT_COSTS
+    speeds: Path | None = None
     types: str | None = None
     quantizer: str = "auto"
     effort: str = "default"

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeq.console import markdown_table
 from edgeq.evaluation import Evaluation, Speed, compare
+from edgeq.tasks import TaskResult, tasks_table
 
 REPORT_SCHEMA = 1
 
@@ -105,6 +106,7 @@ class Measured:
     files: tuple[FileResult, ...]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -112,15 +114,17 @@ class Measured:
             "schema": REPORT_SCHEMA,
             "files": [file.as_json() for file in self.files],
             "comparisons": comparisons(self.files),
+            "tasks": [task.as_json() for task in self.tasks],
             "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
             "notes": list(self.notes),
         }
 
     def as_text(self) -> str:
         """Return what a terminal shows."""
-        details = [_details(file) for file in self.files]
-        lines = [files_table(self.files), "", *details, *comparisons(self.files), *self.notes]
-        return "\n".join(lines)
+        details = [_details(file) for file in self.files if file.evaluation or not self.tasks]
+        said = "\n".join([*details, *comparisons(self.files), *self.notes])
+        asked = tasks_table(self.tasks) if self.tasks else ""
+        return "\n\n".join(part for part in (files_table(self.files), said, asked) if part)
 
 
 def _details(file: FileResult) -> str:

@@ -295,6 +295,22 @@ def test_a_speed_is_met_or_refused(tiny, texts, tmp_path):
     assert "the smallest file" in refused(*command, "--min-tps", 1e12)
 
 
+def test_speeds_of_types_choose_among_them(tiny, texts, tmp_path):
+    """A large type that is fast wins over a small one that is slow; the divergence is the same."""
+    plan, speeds = tmp_path / "plan.json", tmp_path / "speeds.json"
+    command = ("plan", tiny, "-o", plan, "--text", texts[0], *SHORT[:4], "--quantizer", "rtn")
+    rows = [
+        {"type": qtype.name, "n": 1, "threads": 1, "ggml_ns_per_weight": spent}
+        for qtype, spent in ((_T.Q4_0, 1e9), (_T.Q5_0, 1e9), (_T.Q8_0, 1e-9))
+    ]
+    speeds.write_text(json.dumps({"types": rows}))
+    done(*command, "--types", "Q4_0,Q5_0,Q8_0", "--min-tps", 0.001, "--speeds", speeds)
+    types = {entry["type"] for entry in json.loads(plan.read_text())["tensors"].values()}
+    assert types <= {"Q8_0", "F32"}
+    line = refused(*command, "--types", "Q4_0,Q5_0", "--min-tps", 10, "--speeds", speeds)
+    assert "no choice takes 0.1 s a token" in line
+
+
 @pytest.mark.parametrize(
     "allocator",
     ["closed-form", "heavy-tail", "evolution:generations=2,offspring=3", "preset"],

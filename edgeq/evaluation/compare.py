@@ -1,8 +1,10 @@
 """Two files against each other: the same tokens, so their difference is far surer than either."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeq.errors import EvaluationError
 from edgeq.evaluation.evaluate import Evaluation
@@ -76,12 +78,8 @@ def compare(
             f"compare: {a.model}: one chunk cannot be resampled. Evaluate on more text."
         )
     per_chunk = a.kld.mean(axis=1) - b.kld.mean(axis=1)
-    random = np.random.default_rng(seed)
     means = np.concatenate(
-        [
-            per_chunk[random.integers(0, len(per_chunk), (count, len(per_chunk)))].mean(axis=1)
-            for count in _pieces(n_resamples)
-        ]
+        [per_chunk[drawn].mean(axis=1) for drawn in draws(len(per_chunk), n_resamples, seed)]
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     other_mean = float(b.kld.mean())
@@ -96,6 +94,9 @@ def compare(
     )
 
 
-def _pieces(total: int) -> list[int]:
-    whole, rest = divmod(total, _AT_ONCE)
-    return [_AT_ONCE] * whole + ([rest] if rest else [])
+def draws(n_units: int, n_resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the resamples of a bootstrap, (some, n_units) indices at a time."""
+    random = np.random.default_rng(seed)
+    for start in range(0, n_resamples, _AT_ONCE):
+        count = min(_AT_ONCE, n_resamples - start)
+        yield random.integers(0, n_units, (count, n_units))

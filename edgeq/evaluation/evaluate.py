@@ -51,6 +51,8 @@ class Evaluation:
     delta_p : float32, change of the following token's probability
     top, top_reference : int32, most likely next token
     next_tokens : int32, the token that follows in the text
+    chunks : (n_chunks, n_ctx) int32, the tokens of the text; None where a saved evaluation of an
+        earlier release did not keep them
     """
 
     model: str
@@ -67,6 +69,7 @@ class Evaluation:
     top: npt.NDArray[np.int32]
     top_reference: npt.NDArray[np.int32]
     next_tokens: npt.NDArray[np.int32]
+    chunks: npt.NDArray[np.int32] | None = None
 
     @property
     def n_chunks(self) -> int:
@@ -108,7 +111,7 @@ class Evaluation:
         if tokens:
             values["tokens"] = {
                 name: base64.b64encode(zlib.compress(array.astype(kind).tobytes())).decode("ascii")
-                for name, kind in _ARRAYS.items()
+                for name, kind in {**_ARRAYS, "chunks": "<i4"}.items()
                 if (array := getattr(self, name)) is not None
             }
         return values
@@ -123,19 +126,21 @@ class Evaluation:
             Something is missing or contradicts itself.
         """
         try:
-            shape = (int(values["n_chunks"]), chunking.n_scored(int(values["n_ctx"])))
+            n_chunks, n_ctx = int(values["n_chunks"]), int(values["n_ctx"])
+            shape = (n_chunks, chunking.n_scored(n_ctx))
+            saved = values["tokens"]
             arrays: dict[str, Any] = {
-                name: np.frombuffer(
-                    zlib.decompress(base64.b64decode(values["tokens"][name])), kind
-                ).reshape(shape)
+                name: _unpacked(saved[name], kind, shape)
                 for name, kind in _ARRAYS.items()
-                if name != "kld_bound" or name in values["tokens"]
+                if name != "kld_bound" or name in saved
             }
+            if "chunks" in saved:
+                arrays["chunks"] = _unpacked(saved["chunks"], "<i4", (n_chunks, n_ctx))
             return cls(
                 model=str(values["model"]),
                 reference=str(values["reference"]),
                 reference_kind=str(values["reference_kind"]),
-                n_ctx=int(values["n_ctx"]),
+                n_ctx=n_ctx,
                 tokens_sha256=str(values["tokens_sha256"]),
                 elapsed_s=float(values["elapsed_s"]),
                 kld_bound=arrays.pop("kld_bound", None),
@@ -145,6 +150,10 @@ class Evaluation:
             raise EvaluationError(
                 f"evaluation: not a complete saved evaluation ({error!r}). Evaluate again."
             ) from error
+
+
+def _unpacked(text: str, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind).reshape(shape)
 
 
 def _agreed_chunks(
@@ -237,6 +246,7 @@ def evaluate(
             tokens_sha256=chunking.digest(agreed),
             elapsed_s=time.perf_counter() - started,
             next_tokens=chunking.next_tokens(agreed),
+            chunks=agreed,
             **arrays,
         )
 

@@ -23,11 +23,13 @@ class Rate:
     ----------
     median : tokens a second
     low, high : slowest and fastest repetition
+    samples : of every repetition, in the order in which the files took turns
     """
 
     median: float
     low: float
     high: float
+    samples: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def measure_speeds(
         ]
         for repetition in range(repetitions + 1):
             for i, model in enumerate(models):
-                timed = _prefill(model, n_prompt), _decode(model, n_gen)
+                timed = prefill_seconds(model, n_prompt), decode_seconds(model, n_gen)
                 if repetition > 0:
                     seconds[i].append(timed)
                 if progress is not None:
@@ -92,8 +94,8 @@ def measure_speeds(
     return [
         Speed(
             path=Path(path),
-            prefill=_rate(n_prompt, [pair[0] for pair in pairs]),
-            decode=_rate(n_gen, [pair[1] for pair in pairs]),
+            prefill=rate_of(n_prompt, [pair[0] for pair in pairs]),
+            decode=rate_of(n_gen, [pair[1] for pair in pairs]),
             n_prompt=n_prompt,
             n_gen=n_gen,
             repetitions=repetitions,
@@ -117,13 +119,18 @@ def measure_speed(
     )[0]
 
 
-def _rate(n_tokens: int, seconds: Sequence[float]) -> Rate:
+def rate_of(n_tokens: int, seconds: Sequence[float]) -> Rate:
+    """Return tokens a second of repetitions that took so long."""
     return Rate(
-        n_tokens / statistics.median(seconds), n_tokens / max(seconds), n_tokens / min(seconds)
+        n_tokens / statistics.median(seconds),
+        n_tokens / max(seconds),
+        n_tokens / min(seconds),
+        tuple(n_tokens / spent for spent in seconds),
     )
 
 
-def _prefill(model: Model, n_prompt: int) -> float:
+def prefill_seconds(model: Model, n_prompt: int) -> float:
+    """Return the seconds of a prompt in one call."""
     tokens = (np.arange(n_prompt) + _FIRST_TOKEN).astype(np.int32) % model.n_vocab
     wants = np.zeros(n_prompt, np.bool_)
     wants[-1] = True
@@ -133,7 +140,8 @@ def _prefill(model: Model, n_prompt: int) -> float:
     return time.perf_counter() - started
 
 
-def _decode(model: Model, n_gen: int) -> float:
+def decode_seconds(model: Model, n_gen: int) -> float:
+    """Return the seconds of tokens one by one, after as many others."""
     # the sequence is shortened to n_gen tokens by starting anew: the same attention for all files
     tokens = (np.arange(2 * n_gen) + _FIRST_TOKEN).astype(np.int32) % model.n_vocab
     positions = np.arange(2 * n_gen, dtype=np.int32)

@@ -109,7 +109,7 @@ class Model(AbstractContextManager["Model", None]):
             raise RuntimeLibraryError(
                 f"{self.path}: no context of {self.n_ctx} × {self.n_seq} tokens: {reason}"
             )
-        self._batch = llama.llama_batch_init(self.n_ctx * self.n_seq, 0, 1)
+        self._batch = llama.llama_batch_init(self.n_ctx * self.n_seq, 0, self.n_seq)
 
     @property
     def handle(self) -> Any:
@@ -125,6 +125,12 @@ class Model(AbstractContextManager["Model", None]):
     def bos(self) -> int:
         """The beginning-of-sequence token; -1 if there is none."""
         return int(self._llama.llama_vocab_bos(self._vocab))
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether a token may belong to several sequences; not where layers keep a state."""
+        is_stateful = self._llama.llama_model_is_recurrent, self._llama.llama_model_is_hybrid
+        return not any(ask(self._model) for ask in is_stateful)
 
     @property
     def n_ctx_train(self) -> int:
@@ -191,8 +197,15 @@ class Model(AbstractContextManager["Model", None]):
         positions: Tokens,
         sequences: Tokens,
         wants_logits: npt.NDArray[np.bool_],
+        n_sequences: Tokens | None = None,
     ) -> npt.NDArray[np.float32]:
         """Run one batch; the arguments are arrays of one entry a token.
+
+        Parameters
+        ----------
+        sequences : to which a token belongs
+        n_sequences : to how many, from that one on; default 1. More needs ``kv_unified`` and a
+            model that ``shares_tokens``.
 
         Returns
         -------
@@ -204,9 +217,13 @@ class Model(AbstractContextManager["Model", None]):
         batch.n_tokens = n
         np.ctypeslib.as_array(batch.token, (n,))[:] = tokens
         np.ctypeslib.as_array(batch.pos, (n,))[:] = positions
-        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
+        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1 if n_sequences is None else n_sequences
         for i, sequence in enumerate(sequences.tolist()):
             batch.seq_id[i][0] = sequence
+        if n_sequences is not None:
+            for i in np.flatnonzero(n_sequences > 1).tolist():
+                for more in range(1, int(n_sequences[i])):
+                    batch.seq_id[i][more] = int(sequences[i]) + more
         np.ctypeslib.as_array(batch.logits, (n,))[:] = wants_logits
         if self._observer is None:
             status = self._llama.llama_decode(self._context, batch)

@@ -17,7 +17,7 @@ from edgeq.errors import RuntimeLibraryError
 from edgeq.runtime.encoders import Packed
 from edgeq.runtime.library import GgmlTensor, ggml_context, load
 
-_NODES = 16
+_TENSORS = 64  # of a context at most
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def _buffer_types() -> list[int]:
     kind = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
     listed = kind(address)(base.ggml_backend_reg_dev_get(registry, 0))
     found = []
-    for i in range(_NODES):
+    for i in range(_TENSORS):
         if not listed[i]:
             break
         found.append(int(listed[i]))
@@ -77,6 +77,11 @@ class RuntimeProduct:
     n_in : columns
     n : activations of a call
     n_threads : of ggml
+    repeats : how often a run multiplies; timing more than one hides the start of the threads
+
+    Attributes
+    ----------
+    is_rearranged : whether ggml has the weight in an order of its own
 
     Raises
     ------
@@ -85,19 +90,32 @@ class RuntimeProduct:
     """
 
     def __init__(
-        self, packed: Packed, qtype: GGMLQuantizationType, n_in: int, n: int = 1, n_threads: int = 1
+        self,
+        packed: Packed,
+        qtype: GGMLQuantizationType,
+        n_in: int,
+        n: int = 1,
+        n_threads: int = 1,
+        *,
+        repeats: int = 1,
     ) -> None:
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._backend = 0
         try:
-            self._make(packed, qtype, n_in, n, n_threads)
+            self._make(packed, qtype, n_in, n, n_threads, repeats)
         except BaseException:
             self.close()
             raise
 
     def _make(
-        self, packed: Packed, qtype: GGMLQuantizationType, n_in: int, n: int, n_threads: int
+        self,
+        packed: Packed,
+        qtype: GGMLQuantizationType,
+        n_in: int,
+        n: int,
+        n_threads: int,
+        repeats: int,
     ) -> None:
         base, cpu = _libraries()
         self._backend = cpu.ggml_backend_cpu_init()
@@ -114,17 +132,19 @@ class RuntimeProduct:
                 break
         context = self._context()
         self._inputs = base.ggml_new_tensor_2d(context, 0, n_in, n)
-        self._outputs = base.ggml_mul_mat(context, weight, self._inputs)
+        outputs = [base.ggml_mul_mat(context, weight, self._inputs) for _ in range(repeats)]
+        self._outputs = outputs[0]
         self._allocate(context, plain)
         self._graph = base.ggml_new_graph(context)
-        base.ggml_build_forward_expand(self._graph, self._outputs)
+        for one in outputs:
+            base.ggml_build_forward_expand(self._graph, one)
         rows = np.ascontiguousarray(packed)
         base.ggml_backend_tensor_set(weight, rows.ctypes.data, 0, rows.nbytes)
         self._shape = (n, len(packed))
 
     def _context(self) -> int:
         base, _ = _libraries()
-        n_bytes = _NODES * base.ggml_tensor_overhead() + base.ggml_graph_overhead()
+        n_bytes = _TENSORS * base.ggml_tensor_overhead() + base.ggml_graph_overhead()
         self._contexts.append(ggml_context(load(), n_bytes, no_alloc=True))
         return self._contexts[-1]
 
