@@ -276,7 +276,15 @@ class Tiles:
         return int(self.data.shape[1]) // self.layout.record_bytes
 
 
-def rearrange(qtype: GGMLQuantizationType, packed: Bytes, isa: Isa) -> Tiles:
+def tile_shape(qtype: GGMLQuantizationType, n_out: int, n_in: int, isa: Isa) -> tuple[int, int]:
+    """Return the shape of a weight's tiles, (n_tiles, bytes of one)."""
+    layout = layout_of(qtype, isa)
+    return -(-n_out // ROWS), -(-n_in // layout.columns) * layout.record_bytes
+
+
+def rearrange(
+    qtype: GGMLQuantizationType, packed: Bytes, isa: Isa, out: Bytes | None = None
+) -> Tiles:
     """Rearrange a weight's blocks.
 
     Parameters
@@ -284,6 +292,7 @@ def rearrange(qtype: GGMLQuantizationType, packed: Bytes, isa: Isa) -> Tiles:
     qtype : ggml's type
     packed : (n_out, row_bytes) uint8
     isa : of the CPU that will multiply
+    out : where to, (``tile_shape``) zeros that begin at a multiple of 64 bytes; else new memory
 
     Raises
     ------
@@ -298,8 +307,9 @@ def rearrange(qtype: GGMLQuantizationType, packed: Bytes, isa: Isa) -> Tiles:
             f"of uint8 in blocks of {known.type_size} bytes."
         )
     n_out, n_in = len(packed), packed.shape[1] // known.type_size * known.block_size
-    n_tiles, n_records = -(-n_out // ROWS), -(-n_in // layout.columns)
-    data = _aligned((n_tiles, n_records * layout.record_bytes))
+    n_tiles, n_bytes = tile_shape(qtype, n_out, n_in, isa)
+    n_records = n_bytes // layout.record_bytes
+    data = _aligned((n_tiles, n_bytes)) if out is None else out
     for first in range(0, n_tiles, _TILES_AT_ONCE):
         rows = packed[first * ROWS : (first + _TILES_AT_ONCE) * ROWS]
         numbers = _numbers(qtype, rows, layout)

@@ -39,7 +39,7 @@ from cpu_kernels.products import (
     product_arguments,
 )
 from cpu_kernels.threads import Operation, Program, address_of, available_cpus
-from cpu_kernels.tiles import ROWS, Tiles, rearrange
+from cpu_kernels.tiles import ROWS, Tiles, rearrange, tile_shape
 from edgeq.errors import EvaluationError
 from edgeq.runtime.encoders import decode
 
@@ -449,12 +449,31 @@ class _Weights:
         self._floats: dict[str, Floats] = {}
         self._used = {"token_embd.weight", "rope_freqs.weight"}
         self._embedding = file.read_bytes("token_embd.weight")
+        # one memory, in the order of the program: a stream of reads goes on from weight to weight
+        self._memory = aligned_bytes(sum(math.prod(self._shape(name)) for name in self._matrices()))
+        self._end = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the weights that a token reads."""
         matrices = [one.data.nbytes for one in self._tiles.values()]
         return sum(matrices) + sum(one.nbytes for one in self._floats.values())
+
+    def _matrices(self) -> list[str]:
+        """Return the names of the weights that are rearranged."""
+        unused = "token_embd.weight" if "output.weight" in self._file.tensors else ""
+        return [
+            name
+            for name, tensor in self._file.tensors.items()
+            if len(tensor.shape) == 2 and tensor.qtype not in _FLOATS and name != unused
+        ]
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        tensor = self._file.tensors[name]
+        try:
+            return tile_shape(tensor.qtype, *tensor.shape, chosen())
+        except ValueError as error:
+            raise EvaluationError(f"{self._file.path}: {name}: {error}") from error
 
     def embedding(self, tokens: Tokens) -> Floats:
         """Return rows of the embedding, (n, n_embd)."""
@@ -470,8 +489,12 @@ class _Weights:
         if tensor.qtype in _FLOATS:
             return self.floats(name)
         if name not in self._tiles:
+            shape = self._shape(name)
+            start, self._end = self._end, self._end + math.prod(shape)
+            place = self._memory[start : self._end].view(np.uint8).reshape(shape)
+            packed = self._file.read_bytes(name)
             try:
-                self._tiles[name] = rearrange(tensor.qtype, self._file.read_bytes(name), chosen())
+                self._tiles[name] = rearrange(tensor.qtype, packed, chosen(), place)
             except ValueError as error:
                 raise EvaluationError(f"{self._file.path}: {name}: {error}") from error
         return self._tiles[name]

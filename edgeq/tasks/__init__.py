@@ -1,0 +1,28 @@
+"""Questions with a right answer, asked to GGUF files through llama.cpp.
+
+``read_task`` reads a file of items, ``ask`` puts them to files and their reference, ``compare``
+sets the answers of both against each other.
+"""
+
+from edgeq.tasks.comparison import Comparison, Share, compare, mcnemar, wilson
+from edgeq.tasks.items import Item, Task, choose, read_task
+from edgeq.tasks.results import TaskResult, ask, tasks_table
+from edgeq.tasks.scoring import ItemScore, score, score_tasks
+
+__all__ = [
+    "Comparison",
+    "Item",
+    "ItemScore",
+    "Share",
+    "Task",
+    "TaskResult",
+    "ask",
+    "choose",
+    "compare",
+    "mcnemar",
+    "read_task",
+    "score",
+    "score_tasks",
+    "tasks_table",
+    "wilson",
+]
