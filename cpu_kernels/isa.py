@@ -27,6 +27,7 @@ class Isa:
         "maddubs" (pairs saturate at 16 bits), "sdot" (signed times signed) or "plain"
     vector_bytes : of a register; the kernels' vectors have 64 bytes everywhere
     has_shuffle : whether bytes are looked up in a table of 16
+    looks_up_256 : whether they are in a table of 256, and in one of 64
     has_half : whether half floats are converted in vectors
     max_columns : of a register tile of the matrix products
     needs : features of LLVM that the CPU must have
@@ -41,13 +42,14 @@ class Isa:
     max_columns: int
     needs: tuple[str, ...] = ()
     cpu: str = ""
+    looks_up_256: bool = False
 
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", *_AVX2)
 # best first; the CPU names are those of LLVM that have these instructions and no better ones
 _X86 = (
-    Isa("avx512", "vnni", 64, True, True, 8, _AVX512, "icelake-client"),
+    Isa("avx512", "vnni", 64, True, True, 8, _AVX512, "icelake-client", looks_up_256=True),
     Isa("avx_vnni", "vnni", 32, True, True, 4, ("avxvnni", *_AVX2), "sierraforest"),
     Isa("avx2", "maddubs", 32, True, True, 2, _AVX2, "haswell"),
 )

@@ -29,7 +29,7 @@ from cpu_kernels.inputs import KINDS, InputLayout, quantize_arguments, quantize_
 from cpu_kernels.isa import Isa, chosen
 from cpu_kernels.simd import BYTES, F32, FLOATS, HALF, I8, I32, INTS, WORDS, Vectors, as_float32
 from cpu_kernels.threads import Operation, Program, address_of
-from cpu_kernels.tiles import LINE, ROWS, Layout, Tiles
+from cpu_kernels.tiles import HALF_LINE, LINE, ROWS, TRITS, Layout, Tiles, trit_tables
 
 Floats = npt.NDArray[np.float32]
 
@@ -86,6 +86,11 @@ class _Product:
         self.in_place = (
             plain and self.is_bias and self.n <= _IN_PLACE and (layout.spread or layout.group > 16)
         )
+        if layout.trits:
+            four, fifth = trit_tables()
+            parts = [four[i : i + LINE] for i in range(0, 256, LINE)]
+            self.four = [ir.Constant(BYTES, part) for part in parts]
+            self.fifth = ir.Constant(BYTES, fifth)
         self.table = None
         if layout.levels:
             bias = 128 if self.is_bias else 0
@@ -213,10 +218,12 @@ class _Product:
         which is exact.
         """
         vectors, layout = self.vectors, self.layout
+        if layout.trits:
+            return self._trits(four, weights)
         joined, low = None, 0
         for plane, bits in enumerate(layout.planes):
             v, field = layout.where(plane, four)
-            vector = vectors.load(weights, layout.places["codes", plane, v], BYTES, LINE)
+            vector = vectors.load(weights, layout.places["codes", plane, v], BYTES, HALF_LINE)
             if self.in_place:
                 return vectors.field(vector, bits * field, bits, bits * field), bits * field
             part = vectors.field(vector, bits * field, bits, low)
@@ -227,6 +234,19 @@ class _Product:
         if layout.planes == (8,) and not self.is_bias:
             return self.builder.xor(joined, vectors.constant(BYTES, 0x80)), 0
         return joined, 0
+
+    def _trits(self, four: int, weights: Any) -> tuple[Any, int]:
+        """Return the codes of four columns of five trits a byte, and how far they are shifted."""
+        vectors = self.vectors
+        v, field = self.layout.where(0, four)
+        if field == 0:
+            vector = vectors.load(weights, self.layout.places["codes", 0, v], BYTES, HALF_LINE)
+            last = vectors.lookup_64(self.fifth, vector)
+            self.opened = vectors.lookup_256(self.four, vector), last
+        if field == TRITS - 1:
+            return self.opened[1], 0
+        shift = 2 * field if self.n <= _IN_PLACE else 0
+        return vectors.field(self.opened[0], 2 * field, 2, shift), shift
 
     def _sub_scale(self, group: int, weights: Any) -> Any:
         """Return a group's sub-scales."""

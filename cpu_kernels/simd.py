@@ -120,6 +120,20 @@ class Vectors:
             raise ValueError(f"lookup: {self.isa.name} has no shuffle of bytes.")
         return self._in_parts(name, [table, indices])
 
+    def lookup_256(self, tables: Sequence[Value], indices: Value) -> Value:
+        """Return bytes of a table of 256, four vectors, at any indices."""
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        low, high = (self._call(name, BYTES, [tables[i], indices, tables[i + 1]]) for i in (0, 2))
+        is_high = self.builder.icmp_signed("<", indices, self.zero(BYTES))
+        return self.builder.select(is_high, high, low)
+
+    def lookup_64(self, table: Value, indices: Value) -> Value:
+        """Return bytes of a table of 64 at the highest six bits of indices."""
+        words = self.builder.bitcast(indices, WORDS)
+        words = self.builder.lshr(words, self.constant(WORDS, 2))  # the lowest six bits count
+        places = self.builder.bitcast(words, BYTES)
+        return self._call("llvm.x86.avx512.permvar.qi.512", BYTES, [table, places])
+
     def dot(self, total: Value, weights: Value, inputs: Value, *, signed: bool) -> Value:
         """Add to 16 integers the dot products of 16 times four bytes.
 

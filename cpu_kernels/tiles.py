@@ -41,12 +41,15 @@ from cpu_kernels.lattice_formats import LATTICES, LatticeFormat
 
 ROWS = 16  # of a tile
 LINE = 64  # bytes of a vector
+HALF_LINE = 32  # records and their parts begin at multiples of it
 _IQ1_UNIT = 8  # points of IQ1 are multiples of 1/8
 _TILES_AT_ONCE = 16  # rearranged at a time: bounds the memory
 
 _T = GGMLQuantizationType
 _E8M0 = (_T.MXFP4,)
 _Q8_1 = (_T.Q4_1, _T.Q5_1)
+TRITS = 5  # in a byte
+_TRIT_VALUES = (1, 3, 9, 27, 84)
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
@@ -69,6 +72,7 @@ class Layout:
     factor : times which a super-scale is meant
     inputs : how llama.cpp quantizes what this type is multiplied by: Q8_0, Q8_1 or Q8_K
     spread : whether a vector's fields belong to different groups, see ``where``
+    trits : whether a byte holds five codes below 3, see ``trit_byte``; columns 20 v + 4 f + j
     n_blocks : of a record
     """
 
@@ -86,6 +90,7 @@ class Layout:
     factor: float
     inputs: str
     spread: bool = False
+    trits: bool = False
     n_blocks: int = 1
 
     @property
@@ -109,6 +114,8 @@ class Layout:
         Spread, the fields of a vector belong to as many groups: a group's codes then lie at the
         same bits everywhere, and their sum can be shifted instead of them.
         """
+        if self.trits:
+            return divmod(four, TRITS)
         fields, per_group = 8 // self.planes[plane], self.group // 4
         if not self.spread:
             return divmod(four, fields)
@@ -124,18 +131,18 @@ class Layout:
         rows each; ("scale", group, 0): 16 bytes, two groups in one where joined; ("low", group, 0):
         sub-offsets of a group and the next, row by row.
         """
+        parts = dict(self._parts())
+        beside = sum(size for key, size in parts.items() if key[0] != "codes")
         places: dict[tuple[str, int, int], int] = {}
-        end, line, left = 0, 0, 0
-        for key, size in self._parts():
-            if key in places:
-                continue
+        end, line, line_end = 0, 0, 0
+        for key, size in parts.items():
             if key[0] == "codes":
                 places[key], end = end, end + LINE
                 continue
-            if left < size:
-                line, left, end = end, LINE, end + LINE
-            places[key] = line + LINE - left
-            left -= size
+            if line_end - line < size:
+                line, line_end = end, end + min(LINE, -(-beside // HALF_LINE) * HALF_LINE)
+                end = line_end
+            places[key], line, beside = line, line + size, beside - size
         return places
 
     def _parts(self) -> Iterator[tuple[tuple[str, int, int], int]]:
@@ -157,12 +164,25 @@ class Layout:
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return (max(self.places.values()) // LINE + 1) * LINE
+        parts = dict(self._parts())
+        used = max(start + parts[key] for key, start in self.places.items())
+        return -(-used // HALF_LINE) * HALF_LINE
 
     @property
     def bpw(self) -> float:
         """Bits a weight."""
         return 8 * self.record_bytes / (ROWS * self.columns)
+
+
+def trit_tables() -> tuple[list[int], list[int]]:
+    """Return what a byte of five trits holds: four of them as fields of two bits, and the fifth.
+
+    A byte is t0 + 3 t1 + 9 t2 + 27 t3 + 84 t4. 84 instead of 81: its highest six bits alone then
+    tell the fifth, in a table of 64.
+    """
+    low = [value % 84 for value in range(256)]
+    four = [sum(one // 3**i % 3 << 2 * i for i in range(4)) for one in low]
+    return four, [4 * value // 84 for value in range(64)]
 
 
 @functools.cache
@@ -185,7 +205,7 @@ def layout_of(qtype: GGMLQuantizationType, isa: Isa) -> Layout:
         return layout
     counts = (1, 2, 4, 8)
     repeated = [replace(layout, n_blocks=n) for n in counts if layout.block * n >= 32]
-    return min(repeated, key=lambda one: one.bpw)
+    return min(repeated, key=lambda one: (one.bpw, one.record_bytes % LINE))
 
 
 def _of_format(form: BlockFormat, isa: Isa) -> Layout:
@@ -213,6 +233,7 @@ def _of_format(form: BlockFormat, isa: Isa) -> Layout:
         factor=1.0,
         inputs=_inputs(form.qtype, form.block_size),
         spread=in_place and has_subs,
+        trits=isa.looks_up_256 and form.qtype == _T.TQ1_0,
     )
 
 
@@ -396,20 +417,30 @@ def _write(layout: Layout, numbers: _Numbers, out: Bytes, n_records: int) -> Non
         flat = np.ascontiguousarray(values).view(np.uint8).reshape(n_tiles, n_records, -1)
         records[:, :, start : start + flat.shape[2]] = flat
 
-    codes = by_record(numbers.codes, layout.columns).reshape(n_tiles, n_records, -1, 4, ROWS)
-    shift = 0
-    for plane, bits in enumerate(layout.planes):
-        part = (codes >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
-        vectors = np.zeros((n_tiles, n_records, codes.shape[2] * bits // 8, 4, ROWS), np.uint8)
-        for four in range(codes.shape[2]):
-            v, field = layout.where(plane, four)
-            vectors[:, :, v] |= part[:, :, four] << np.uint8(bits * field)
+    def place_codes(plane: int, vectors: npt.NDArray[np.uint8]) -> None:
+        """Write (n_tiles, n_records, n_vectors, 4, ROWS) bytes."""
         for v in range(vectors.shape[2]):
             start = layout.places["codes", plane, v]
             records[:, :, start : start + LINE] = (
                 vectors[:, :, v].transpose(0, 1, 3, 2).reshape(n_tiles, n_records, LINE)
             )
+
+    codes = by_record(numbers.codes, layout.columns).reshape(n_tiles, n_records, -1, 4, ROWS)
+    shift = 0
+    for plane, bits in enumerate(() if layout.trits else layout.planes):
+        part = (codes >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
+        vectors = np.zeros((n_tiles, n_records, codes.shape[2] * bits // 8, 4, ROWS), np.uint8)
+        for four in range(codes.shape[2]):
+            v, field = layout.where(plane, four)
+            vectors[:, :, v] |= part[:, :, four] << np.uint8(bits * field)
+        place_codes(plane, vectors)
         shift += bits
+    if layout.trits:
+        vectors = np.zeros((n_tiles, n_records, -(-codes.shape[2] // TRITS), 4, ROWS), np.uint8)
+        for four in range(codes.shape[2]):
+            v, field = layout.where(0, four)
+            vectors[:, :, v] += codes[:, :, four] * np.uint8(_TRIT_VALUES[field])
+        place_codes(0, vectors)
     scales = _stored(layout, by_record(numbers.super_scale, layout.n_blocks))
     offsets = _stored(layout, by_record(numbers.super_offset, layout.n_blocks))
     for block in range(layout.n_blocks):

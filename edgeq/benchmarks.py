@@ -272,6 +272,7 @@ class FileBench:
     path : the file
     n_prompt, n_gen : tokens read together, and written one by one
     weight_bytes : of the rearranged weights that a token reads; None where our kernels did not run
+    load_s : our decoder took to read, rearrange and compile, the last with numba's cache
     rows : by threads and backend
     """
 
@@ -279,6 +280,7 @@ class FileBench:
     n_prompt: int
     n_gen: int
     weight_bytes: int | None
+    load_s: float | None
     rows: tuple[FileSpeed, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -289,6 +291,7 @@ class FileBench:
             "n_prompt": self.n_prompt,
             "n_gen": self.n_gen,
             "weight_bytes": self.weight_bytes,
+            "load_s": self.load_s,
             "runs": [asdict(row) for row in self.rows],
         }
 
@@ -306,7 +309,13 @@ class FileBench:
             shown = [_shown(row.prefill), _shown(row.decode), read]
             rows.append([row.backend, str(row.threads), *shown, *rates])
         table = markdown_table(header, rows)
-        return f"{self.path}: tokens/s, median (slowest–fastest)\n\n{table}"
+        shown = f"{self.path}: tokens/s, median (slowest–fastest)\n\n{table}"
+        if self.weight_bytes is None or self.load_s is None:
+            return shown
+        return (
+            f"{shown}\n\nThe kernels read {self.weight_bytes:,} bytes of weights a token; "
+            f"rearranging and compiling took {self.load_s:.1f} s."
+        )
 
 
 def _shown(rate: Rate) -> str:
@@ -349,24 +358,26 @@ def bench_file(
         )
     open_gguf(path)
     rows: list[FileSpeed] = []
-    weight_bytes = None
+    weight_bytes = load_s = None
     for n_threads in threads:
         with steps.step(f"bench {n_threads} threads"):
             runners: list[_Llama | _Kernels] = []
             if "llama" in backends:
                 runners.append(_Llama(path, n_prompt + n_gen, n_threads))
             if "kernels" in backends:
+                started = time.perf_counter()
                 decoder = Decoder(path, n_ctx=n_prompt + n_gen, n_threads=n_threads)
                 weight_bytes = decoder.weight_bytes
                 for n in batches:
                     decoder.prepare(n)
+                load_s = load_s or time.perf_counter() - started
                 runners.append(_Kernels(decoder))
             try:
                 rows += _bench_runners(runners, n_threads, n_prompt, n_gen, batches, repetitions)
             finally:
                 for runner in runners:
                     runner.close()
-    return FileBench(path, n_prompt, n_gen, weight_bytes, tuple(rows))
+    return FileBench(path, n_prompt, n_gen, weight_bytes, load_s, tuple(rows))
 
 
 class _Llama:

@@ -5,12 +5,14 @@ import json
 import pytest
 from gguf import GGMLQuantizationType
 
+from cpu_kernels import isa
 from cpu_kernels.bandwidth import Reader
 from edgeq import benchmarks
 from edgeq.allocation import speeds
 from edgeq.allocation.costs import Candidate, Costs, TensorCosts
 from edgeq.console import Steps
 from edgeq.errors import EvaluationError, RecipeError
+from tests import tiny_gguf
 from tests.command_line import done, refused
 
 T = GGMLQuantizationType
@@ -60,6 +62,7 @@ def test_a_file_is_timed_in_both_runtimes(tiny):
     shown = done(*command, "--json").json()
     assert [run["backend"] for run in shown["runs"]] == ["llama.cpp", "kernels"]
     assert shown["weight_bytes"] > 0
+    assert shown["load_s"] > 0
     for run in shown["runs"]:
         assert set(run["batches"]) == {"2", "3"}
         for rate in (run["prefill"], run["decode"], *run["batches"].values()):
@@ -72,6 +75,24 @@ def test_bad_requests_are_refused(tiny):
     assert "no more written than prompt tokens" in refused("bench", tiny, "--prompt", 8)
     with pytest.raises(EvaluationError, match="at least 1 each"):
         benchmarks.bench_types(["Q4_0"], [1], mebibytes=0, steps=Steps())
+
+
+def test_a_forced_instruction_set_that_is_none_is_one_line(tiny, monkeypatch):
+    monkeypatch.setenv("EDGEQ_ISA", "avx1024")
+    isa.chosen.cache_clear()
+    try:
+        assert "EDGEQ_ISA: this CPU cannot run 'avx1024'; it can: " in refused("inspect", tiny)
+    finally:
+        isa.chosen.cache_clear()
+
+
+def test_what_the_decoder_does_not_run_is_timed_in_llama_cpp_alone(tmp_path):
+    path = tiny_gguf.write(tmp_path / "experts.gguf", "qwen3moe")
+    assert "does not run qwen3moe" in refused("bench", path, "--prompt", 8, "--gen", 4)
+    command = ("bench", path, "--prompt", 8, "--gen", 4, "--repetitions", 1, "--backend", "llama")
+    shown = done(*command, "--json").json()
+    assert [run["backend"] for run in shown["runs"]] == ["llama.cpp"]
+    assert shown["weight_bytes"] is None
 
 
 def costs_of(*names):

@@ -1,6 +1,7 @@
 """Products of rearranged weights: against independent arithmetic, against ggml, on every CPU."""
 
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -110,9 +111,19 @@ def test_rearranged_weights_keep_their_size(qtype):
     layout = layout_of(qtype, chosen())
     block, size = GGML_QUANT_SIZES[qtype]
     stored = 8 * size / block
-    if qtype in FORMATS and qtype != T.TQ1_0 and chosen().has_shuffle:
+    packs_trits = qtype != T.TQ1_0 or chosen().looks_up_256
+    if qtype in FORMATS and packs_trits and chosen().has_shuffle:
         assert layout.bpw <= 1.12 * stored  # NVFP4's scales double; the others stay below 1.04
-    assert layout.record_bytes % tiles.LINE == 0
+    assert layout.record_bytes % tiles.HALF_LINE == 0
+
+
+def test_a_byte_of_five_trits_is_told_apart():
+    four, fifth = tiles.trit_tables()
+    for trits in itertools.product(range(3), repeat=5):
+        byte = sum(trit * value for trit, value in zip(trits, tiles._TRIT_VALUES, strict=True))
+        assert byte < 256
+        assert tuple(four[byte] >> 2 * i & 3 for i in range(4)) == trits[:4]
+        assert fifth[byte >> 2] == trits[4]
 
 
 INPUT_SIZES = {T.Q8_0: (32, 34), T.Q8_1: (32, 36), T.Q8_K: (256, 292)}  # gguf 0.19: Q8_1 as 40

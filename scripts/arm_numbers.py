@@ -1,0 +1,71 @@
+"""Products of a few weights: made on one machine, compared on another. See ``check_arm``."""
+
+import sys
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+from gguf import GGMLQuantizationType
+
+ROWS, COLUMNS, ROUNDING = 37, 512, 2e-6
+
+
+def main() -> None:
+    """Run ``make DIRECTORY TYPE...`` or ``compare DIRECTORY TYPE...``."""
+    what, directory, *names = sys.argv[1:]
+    folder = Path(directory)
+    if what == "make":
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        make(folder, names)
+    else:
+        compare(folder, names)
+
+
+def make(folder: Path, names: list[str]) -> None:
+    """Write weights, activations and this machine's products."""
+    from edgeq.runtime.encoders import encode
+
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    np.save(folder / "inputs.npy", generator.normal(size=(3, COLUMNS)).astype(np.float32))
+    for name in names:
+        packed = encode(weight, GGMLQuantizationType[name], np.ones((1, COLUMNS), np.float32))
+        np.save(folder / f"{name}.npy", packed)
+        np.save(folder / f"{name}-product.npy", products(folder, name))
+
+
+def compare(folder: Path, names: list[str]) -> None:
+    """Multiply here; end with an error where the results differ."""
+    from cpu_kernels import isa
+
+    if isa.supported()[0].name == "portable":  # an emulator: its /proc/cpuinfo is another CPU's
+        (neon,) = isa._ARM
+        isa.supported = lambda: (neon,)
+        numba.config.CPU_NAME, numba.config.CPU_FEATURES = neon.cpu, "+dotprod"
+    chosen = isa.chosen
+    print(f"instructions: {chosen().name}, {chosen().dot}")
+    for name in names:
+        started = time.perf_counter()
+        found, wanted = products(folder, name), np.load(folder / f"{name}-product.npy")
+        error = np.abs(found - wanted).max() / np.abs(wanted).max()
+        spent = time.perf_counter() - started
+        print(f"{name:8s} largest difference {error:.1e} of the largest, {spent:.0f} s", flush=True)
+        if not error <= ROUNDING:
+            sys.exit(f"{name}: the products differ by {error:.1e}, expected at most {ROUNDING}.")
+
+
+def products(folder: Path, name: str) -> np.ndarray:
+    """Return this machine's products."""
+    from cpu_kernels.isa import chosen
+    from cpu_kernels.products import Product
+    from cpu_kernels.tiles import rearrange
+
+    inputs = np.load(folder / "inputs.npy")
+    packed = np.load(folder / f"{name}.npy")
+    weight = rearrange(GGMLQuantizationType[name], packed, chosen())
+    return Product(weight, len(inputs))(inputs)
+
+
+if __name__ == "__main__":
+    main()
