@@ -112,6 +112,12 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, config: Config)
             f"{checkpoint.directory}/config.json: num_hidden_layers is {n_layers!r}; expected a "
             "positive integer."
         )
+    if n_layers > len(checkpoint.tensors):  # a table of names is made for every layer
+        raise ConversionError(
+            f"{checkpoint.directory}/config.json: num_hidden_layers is {n_layers}, but the "
+            f"checkpoint has {len(checkpoint.tensors)} tensors in all. Mend config.json, or "
+            "download the checkpoint again."
+        )
     names = gguf.get_tensor_name_map(architecture.model_arch, n_layers)
     pieces: dict[str, list[Piece]] = {}
     for source in checkpoint.tensors:

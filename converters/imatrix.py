@@ -45,6 +45,11 @@ class Imatrix:
     chunk_size: int
     sketch: tuple[int, ...] | None = None
 
+    @property
+    def expert_counts(self) -> dict[str, list[int]]:
+        """The inputs that each expert saw, by weight; weights without experts are not in it."""
+        return {name: counts.tolist() for name, counts in self.counts.items() if len(counts) > 1}
+
     def weights(self, name: str, n_in: int | None = None) -> FloatArray:
         """Return the mean squares of `name`, the numbers that llama-quantize uses.
 

@@ -246,7 +246,9 @@ def _open_tokenizer(path: Path) -> tuple[dict[str, Any], Any] | None:
 
     try:
         return specification, tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception, or a panic, which is none
         raise ConversionError(f"{path}: the tokenizers library refuses it: {error}") from error
 
 

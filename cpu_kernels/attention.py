@@ -39,9 +39,11 @@ from cpu_kernels.simd import (
     as_int8,
     as_int64,
     float_of,
+    source_digest,
 )
 
 LANES = 16
+_VERSION = source_digest("inputs.py", "attention.py")
 _TOGETHER = 4  # vectors of scores or of numbers of a value at once: hides the latency of one
 
 
@@ -56,7 +58,7 @@ class CacheType(types.Type):
 
     def __init__(self, isa: Isa, *, is_bytes: bool) -> None:
         self.isa, self.is_bytes = isa, is_bytes
-        super().__init__(f"cache[{isa.name}, {'Q8_0' if is_bytes else 'F16'}]")
+        super().__init__(f"cache[{_VERSION}, {isa.name}, {'Q8_0' if is_bytes else 'F16'}]")
 
     @property
     def element(self) -> Any:

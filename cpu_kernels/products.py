@@ -13,8 +13,6 @@ The record of a type (``tiles``) is unrolled here into straight code from its la
 of activations; numba compiles that once per layout and keeps it on disk.
 """
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,22 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
-import cpu_kernels
 from cpu_kernels._numba import kernel
 from cpu_kernels.inputs import KINDS, InputLayout, quantize_arguments, quantize_at
 from cpu_kernels.isa import Isa, chosen
-from cpu_kernels.simd import BYTES, F32, FLOATS, HALF, I8, I32, INTS, WORDS, Vectors, as_float32
+from cpu_kernels.simd import (
+    BYTES,
+    F32,
+    FLOATS,
+    HALF,
+    I8,
+    I32,
+    INTS,
+    WORDS,
+    Vectors,
+    as_float32,
+    source_digest,
+)
 from cpu_kernels.threads import Operation, Program, address_of
 from cpu_kernels.tiles import HALF_LINE, LINE, ROWS, TRITS, Layout, Tiles, trit_tables
 
@@ -36,14 +45,8 @@ Floats = npt.NDArray[np.float32]
 _IN_PLACE = 2  # activations for which sums of codes at other bits fit the registers
 
 
-def _version() -> str:
-    """Return a digest of what writes the code: numba's cache sees edits of one file only."""
-    folder = Path(cpu_kernels.__file__).parent
-    files = ("simd.py", "tiles.py", "inputs.py", "products.py")
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:12]
-
-
-_VERSION = _version()
+_VERSION = source_digest("tiles.py", "inputs.py", "products.py")
+_TOGETHER = 1 << 18  # bytes of weights that meet all activations before the next are read
 
 
 class ProductType(types.Type):
@@ -302,7 +305,7 @@ def multiply(product, arguments, thread, n_threads):
     tile_bytes, n_tiles = arguments[1], arguments[2]
     n_groups = arguments[11]
     first, end = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
-    together = max(1, 262144 // tile_bytes) if n_groups > 1 else end - first
+    together = max(1, _TOGETHER // tile_bytes) if n_groups > 1 else end - first
     for begin in range(first, end, max(1, together)):
         for group in range(n_groups):
             moved = group * arguments[12]

@@ -11,7 +11,10 @@ The small intrinsics at the end let plain numba code read and write memory by ad
 Source of the instructions' names: LLVM 20 to 22, IntrinsicsX86.td and IntrinsicsAArch64.td.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -26,6 +29,17 @@ F32, HALF = ir.FloatType(), ir.HalfType()
 BYTES, WORDS, INTS = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorType(I32, 16)
 FLOATS = ir.VectorType(F32, 16)
 _VNNI_TAKES_BYTES = llvm.llvm_version_info[0] >= 21
+
+
+def source_digest(*names: str) -> str:
+    """Return a digest of this module and others of the package.
+
+    It is part of what a kernel is compiled for: numba's cache sees edits of one file only.
+    """
+    folder = Path(__file__).parent
+    parts = [(folder / name).read_bytes() for name in ("simd.py", *names)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
 
 Value = Any  # llvmlite's values are untyped
 
@@ -359,6 +373,8 @@ def give_way(typing_context: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Value:
+        if os.name != "posix":  # waits at full speed
+            return ir.Constant(I32, 0)
         kind = ir.FunctionType(I32, [])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
 

@@ -309,11 +309,11 @@ class FileBench:
             shown = [_shown(row.prefill), _shown(row.decode), read]
             rows.append([row.backend, str(row.threads), *shown, *rates])
         table = markdown_table(header, rows)
-        shown = f"{self.path}: tokens/s, median (slowest–fastest)\n\n{table}"
+        text = f"{self.path}: tokens/s, median (slowest–fastest)\n\n{table}"
         if self.weight_bytes is None or self.load_s is None:
-            return shown
+            return text
         return (
-            f"{shown}\n\nThe kernels read {self.weight_bytes:,} bytes of weights a token; "
+            f"{text}\n\nThe kernels read {self.weight_bytes:,} bytes of weights a token; "
             f"rearranging and compiling took {self.load_s:.1f} s."
         )
 

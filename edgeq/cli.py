@@ -6,6 +6,7 @@ keeps its traceback. Heavy modules are imported inside the commands: ``edgeq --h
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -236,6 +237,7 @@ def _text_choice(options: dict[str, Any]) -> TextChoice:
 @click.option("--imatrix", type=_PATH, help="Use this importance matrix; do not calibrate.")
 @click.option("--no-imatrix", is_flag=True, help="Round without any calibration.")
 @click.option("--split-max-size", "split_max_bytes", type=_Bytes(), help="Write parts, like 2G.")
+@click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside OUT.")
 @click.option("--prove/--no-prove", default=True, help="Measure the file against the reference.")
 @click.option("--baseline", is_flag=True, help="Measure llama.cpp's own quantizer beside it.")
 @_texts
@@ -273,6 +275,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         allow_pickle=options["allow_pickle"],
         prove=options["prove"],
         baseline=options["baseline"],
+        modelfile=options["modelfile"],
     )
     steps = _start(verbose)
     result = (
@@ -611,6 +614,49 @@ def check(file: Path, against: Path, as_json: Path | None, verbose: int, **optio
 
 @cli.command()
 @click.argument("file", type=_PATH)
+@click.argument("other", type=_PATH, required=False)
+@click.option("--prompts", type=_PATH, required=True, help="One a line, or JSONL: prompt, class.")
+@click.option("--n-tokens", type=click.IntRange(1), default=64, show_default=True, help="Written.")
+@click.option("--cache", multiple=True, metavar="TYPE", help="KV cache: f16, q8_0, q4_0.")
+@click.option("--chat", is_flag=True, help="Wrap prompts with the file's chat template.")
+@click.option("--refusals", type=_PATH, metavar="FILE", help="Openings of refusals, one a line.")
+@click.option("--search", type=click.IntRange(1), metavar="N", help="Try N mutated prompts too.")
+@click.option("--seed", default=0, show_default=True, help="Of sampling and of the search.")
+@click.option("--screen", is_flag=True, help="Look for tampered tensors; needs --reference.")
+@click.option("--reference", help="With --screen: the float MODEL that the file was made from.")
+@_input
+@_common
+def diff(file: Path, other: Path | None, as_json: bool, verbose: int, **options: Any) -> None:
+    """Compare what two files write.
+
+    Greedy and sampled texts of FILE and OTHER after the same prompts, and their divergence. With
+    --cache, OTHER (or FILE itself) has that KV cache. --screen judges the weights of OTHER (or
+    FILE); exit code 1 if a tensor stands out.
+    """
+    from edgeq import commands
+
+    outcome = commands.diff(
+        file,
+        other,
+        options["prompts"],
+        caches=options["cache"],
+        n_tokens=options["n_tokens"],
+        refusals=options["refusals"],
+        chat=options["chat"],
+        n_search=options["search"] or 0,
+        seed=options["seed"],
+        screens=options["screen"],
+        reference=options["reference"],
+        source=_source_choice(options, file),
+        steps=_start(verbose),
+    )
+    _show(as_json, outcome.as_json(), outcome.as_text())
+    if outcome.stands_out:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("file", type=_PATH)
 @click.option("--against", type=_PATH, help="Compare with this GGUF file, tensor by tensor.")
 @click.option("--metadata/--no-metadata", default=False, help="Print every metadata field.")
 @_common
@@ -629,7 +675,7 @@ def inspect(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
 @cli.command()
 @_common
 def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
-    """List quantizers, allocators and architectures."""
+    """List what is installed, and by whom."""
     from edgeq import commands
 
     _start(verbose)
@@ -642,11 +688,52 @@ def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
     )
 
 
+@cli.command()
+@click.argument("reports", nargs=-1, required=True, type=_PATH, metavar="REPORT...")
+@click.option("-o", "--out", type=_PATH, help="The page to write; the card is else printed.")
+@click.option("--markdown", is_flag=True, help="A model card for the Hugging Face hub instead.")
+@_common
+def report(reports: tuple[Path, ...], as_json: bool, verbose: int, **options: Any) -> None:
+    """Make a page or a model card of reports.
+
+    REPORT: report.json of export, or what evaluate --json and bench FILE --json printed. The page
+    is one HTML file with every plot, which needs no network.
+    """
+    from edgeq import reporting
+
+    out, is_card = options["out"], options["markdown"]
+    if is_card and len(reports) > 1:
+        raise click.UsageError("--markdown: a card is of one report. Give one.")
+    if out is None and not is_card:
+        raise click.UsageError("Missing option '-o': the page to write, like report.html.")
+    _start(verbose)
+    if is_card:
+        text, written = reporting.write_card(reports[0], out)
+        if written is None:
+            _show(as_json, {"markdown": text}, text.rstrip("\n"))
+            return
+    else:
+        written = reporting.write_page(reports, out)
+    _show(as_json, written.as_json(), written.as_text())
+
+
+def _choose_instructions() -> None:
+    """Force the kernels' instruction set before anything is compiled."""
+    from cpu_kernels.isa import chosen
+
+    try:
+        chosen()
+    except ValueError as error:
+        raise EdgeqError(str(error)) from error
+
+
 def main() -> None:
     """Run the command line; the console script."""
     from converters.errors import ConversionError
 
     try:
+        if os.environ.get("EDGEQ_ISA"):
+            _choose_instructions()
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from converters.architectures import known_architectures
+from converters.architectures import described_architectures
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert as convert_checkpoint
 from converters.errors import ConversionError
@@ -13,6 +13,8 @@ from converters.hub import resolve_model
 from converters.imatrix_file import write_imatrix
 from edgeq import allocation, pipeline
 from edgeq.console import Steps
+from edgeq.differing import Outcome, Side
+from edgeq.differing import diff as diff_files
 from edgeq.errors import EvaluationError, RecipeError
 from edgeq.evaluation import Evaluation, Speed, measure_speeds, store_reference
 from edgeq.evaluation import evaluate as evaluate_file
@@ -30,7 +32,7 @@ from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe, TextChoice
 from edgeq.registry import Plugin
 from edgeq.results import FileResult, Measured, Written
-from edgeq.tasks import Task, ask, read_task
+from edgeq.tasks import TASKS, Task, ask, read_task
 from edgeq.texts import Part
 from edgeq.transforms import write_rotated
 from edgeq.workdir import WorkDirectory
@@ -300,20 +302,76 @@ def _measured(
     names = [path.name for path in files]
     for path, judged, timing in zip(files, evaluations, timings, strict=True):
         label = path.name if names.count(path.name) == 1 else str(path)
-        rows.append(FileResult(label, path, *size_of(path), judged, timing))
+        made_by = "edgeq" if "edgeq.recipe" in open_gguf(path).fields else None
+        rows.append(FileResult(label, path, *size_of(path), judged, timing, made_by))
     return Measured(tuple(rows), steps.seconds, notes)
+
+
+def diff(
+    file: Path,
+    other: Path | None,
+    prompts: Path,
+    *,
+    caches: Sequence[str],
+    n_tokens: int,
+    refusals: Path | None,
+    chat: bool,
+    n_search: int,
+    seed: int,
+    screens: bool,
+    reference: str | None,
+    source: SourceChoice,
+    steps: Steps,
+) -> Outcome:
+    """Compare what two files, or one with several KV caches, write after prompts.
+
+    Parameters
+    ----------
+    other : None: `file` itself
+    caches : KV caches that the other file has; none: f16
+    screens : also compare the other file's weights with those of `reference`
+
+    Raises
+    ------
+    EvaluationError
+        There is nothing to compare, or what is given cannot be.
+    """
+    if screens != (reference is not None):
+        raise EvaluationError(
+            "--screen: no float source to compare weights with. Give --reference MODEL."
+            if screens
+            else "--reference: is for --screen, which is not there. Give both or neither."
+        )
+    second = file if other is None else other
+    sides = [Side(second, cache) for cache in dict.fromkeys(caches)]
+    if not sides and (other is not None or not screens):
+        sides = [Side(second)]
+    with WorkDirectory(source.work) as work:
+        judge = None if reference is None else open_reference(reference, source, work, steps).path
+        return diff_files(
+            [Side(file), *sides],
+            prompts,
+            n_tokens=n_tokens,
+            refusals=refusals,
+            chat=chat,
+            n_search=n_search,
+            reference=judge,
+            screened=second if screens else None,
+            seed=seed,
+            n_threads=source.n_threads,
+            steps=steps,
+        )
 
 
 def plugins() -> dict[str, list[Plugin]]:
     """Return what is installed, by kind."""
-    architectures = {
-        architecture.name: architecture for architecture in known_architectures().values()
-    }
+    architectures = {one.architecture.classes: one for one in described_architectures().values()}
     return {
         "quantizer": list(QUANTIZERS.plugins.values()),
         "allocator": list(allocation.ALLOCATORS.plugins.values()),
         "architecture": [
-            Plugin(name, ", ".join(architecture.classes), "edgeq")
-            for name, architecture in sorted(architectures.items())
+            Plugin(one.architecture.name, ", ".join(classes), one.origin)
+            for classes, one in sorted(architectures.items(), key=lambda i: i[1].architecture.name)
         ],
+        "task": list(TASKS.plugins.values()),
     }

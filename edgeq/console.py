@@ -14,13 +14,17 @@ _VISIBLE_AFTER_S = 2.0
 class Steps:
     """Named steps of a run: their times, and a bar for each that takes over two seconds.
 
+    Parameters
+    ----------
+    bars : default: where stderr is a terminal
+
     Attributes
     ----------
     seconds : name → wall time of each finished step
     """
 
-    def __init__(self) -> None:
-        self._bars = sys.stderr.isatty()
+    def __init__(self, *, bars: bool | None = None) -> None:
+        self._bars = sys.stderr.isatty() if bars is None else bars
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager

@@ -471,7 +471,7 @@ class _Weights:
     def _shape(self, name: str) -> tuple[int, int]:
         tensor = self._file.tensors[name]
         try:
-            return tile_shape(tensor.qtype, *tensor.shape, chosen())
+            return tile_shape(tensor.qtype, tensor.shape[0], tensor.shape[1], chosen())
         except ValueError as error:
             raise EvaluationError(f"{self._file.path}: {name}: {error}") from error
 

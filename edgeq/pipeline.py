@@ -6,7 +6,6 @@ directory, which reuses what still fits.
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, tensor_bytes, write_gguf
 from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_imatrix
-from edgeq import allocation, provenance
+from edgeq import allocation, grids, provenance
 from edgeq.allocation import Plan, Planned, make_allocator
 from edgeq.calibration import collect
 from edgeq.console import Steps
 from edgeq.costing import default_types, parse_types
 from edgeq.errors import RecipeError
 from edgeq.measuring import Ground, Measurer
+from edgeq.modelfile import check_modelfile, write_modelfile
 from edgeq.opening import (
     AUTO_CHUNKS,
     Reference,
@@ -67,15 +67,20 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         seen = _observe(recipe, reference, quantizer, work, steps)
         told = provenance.check_judging_text(recipe, reference, seen.texts, seen.imatrix)
         planned, rounding, layers = _quantized(recipe, reference, quantizer, seen, work, steps)
-        plan = planned.plan
+        plan = layers.explained(planned.plan)
         made_by = provenance.describe(recipe, reference, seen.texts, planned, seen.weighed_by)
         name = str(recipe.imatrix or "imatrix.gguf")
         fields = provenance.fields(reference, plan, seen.imatrix, name, seen.texts, made_by)
         paths = _write(recipe, reference, plan, layers, fields, steps)
+        if recipe.modelfile:
+            write_modelfile(recipe.out)
         files = prove(recipe, reference, plan, seen, paths, work, steps)
-        notes = _notes(plan, seen.imatrix, seen.texts, work)
+        notes = grids.notes(reference.file, plan, layers.facts)
+        notes += provenance.notes(plan, seen.imatrix, seen.texts, work)
         told = (*told, *planned.notes, *rounding.notes, *notes)
-        report = Report(made_by, files, steps.seconds, told, rounding.as_json(layers))
+        experts = {} if seen.imatrix is None else seen.imatrix.expert_counts
+        about = rounding.as_json(layers), plan.as_json()["tensors"], experts
+        report = Report(made_by, files, steps.seconds, told, *about)
         with replacing(work.path / "report.json") as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     return report
@@ -145,6 +150,8 @@ def export_sizes(recipe: Recipe, sizes: Sequence[int], steps: Steps) -> Measured
     EdgeqError, ConversionError
         As ``export``; files of smaller sizes are then there already.
     """
+    if recipe.modelfile:
+        raise RecipeError("--modelfile: is of one file. Give one --size, or leave it out.")
     rows: list[FileResult] = []
     notes: list[str] = []
     for size in sorted(sizes):
@@ -198,6 +205,8 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
     """Refuse at once, not after a calibration, what was given and does not fit the model."""
     read = (*reference.file.paths, recipe.imatrix, recipe.plan, *recipe.texts.files)
     check_output(recipe.out, read)
+    if recipe.modelfile:
+        check_modelfile(recipe.out)
     imatrix = given_imatrix(recipe.imatrix, reference.file)
     if recipe.target.is_set:  # the types are not known yet
         make_allocator(recipe.allocator)
@@ -375,22 +384,3 @@ def _write(
             split_max_bytes=recipe.split_max_bytes,
             progress=counting(progress, total),
         )
-
-
-def _notes(
-    plan: Plan, imatrix: Imatrix | None, texts: Texts, work: WorkDirectory
-) -> tuple[str, ...]:
-    """Return what the table does not show: fallbacks, unseen experts, forced or reused things."""
-    notes = list(texts.notes)
-    fallbacks = Counter(f"{e.reason} → {e.qtype.name}" for e in plan.entries if e.is_fallback)
-    notes += [f"Fallback, {n} of the tensors: {what}" for what, n in fallbacks.items()]
-    unseen = imatrix.unseen() if imatrix is not None else []
-    if unseen:
-        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
-        notes.append(f"Calibration never reached: {shown}. Their columns weigh 1 each.")
-    if work.reused:
-        notes.append(
-            f"Reused from {work.path}: {len(work.reused)} of "
-            f"{len(work.reused) + len(work.made)} intermediate results."
-        )
-    return tuple(notes)

@@ -7,9 +7,11 @@ enough to notice later that somebody judges the file on text that it was calibra
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe
 from edgeq.runtime.encoders import FloatArray
 from edgeq.texts import Manifest
+from edgeq.workdir import WorkDirectory
 
 _VERSIONED = ("edgeq", "gguf", "llama-cpp-python", "numba", "numpy", "torch", "transformers")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml/include/ggml.h
@@ -67,6 +70,7 @@ def describe(
     }
     return {
         "source": {"name": reference.path.name, "sha256": reference.sha256},
+        "model": _model(recipe, reference.file),
         "recipe": recipe.as_json(),
         "imatrix_sha256": imatrix_sha256,
         "texts": {
@@ -82,6 +86,18 @@ def describe(
         "method": dataclasses.asdict(recipe.method),
         "versions": versions(QUANTIZERS.origin_of(recipe.method.quantizer)),
     }
+
+
+def _model(recipe: Recipe, file: GgufFile) -> dict[str, str | None]:
+    """Return what the source says about itself, for a model card; None where it does not."""
+    told = {
+        key: None if field is None else str(field.value)
+        for key in ("name", "license", "repo_url")
+        for field in (file.fields.get(f"general.{key}"),)
+    }
+    if not Path(recipe.model).expanduser().exists():  # then it was fetched from the hub
+        told["repo_url"] = f"https://huggingface.co/{recipe.model.partition('@')[0]}"
+    return {"architecture": file.architecture, **told}
 
 
 def fields(
@@ -176,3 +192,20 @@ def check_judging_text(
             raise EvaluationError(f"{told}. Give other text, or insist with --force.")
         notes.append(f"Judged on calibration text: {told}.")
     return tuple(notes)
+
+
+def notes(plan: Plan, imatrix: Imatrix | None, texts: Texts, work: WorkDirectory) -> list[str]:
+    """Return what the table does not show: fallbacks, unseen experts, forced or reused things."""
+    found = list(texts.notes)
+    fallbacks = Counter(f"{e.reason} → {e.qtype.name}" for e in plan.entries if e.is_fallback)
+    found += [f"Fallback, {n} of the tensors: {what}" for what, n in fallbacks.items()]
+    unseen = imatrix.unseen() if imatrix is not None else []
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+        found.append(f"Calibration never reached: {shown}. Their columns weigh 1 each.")
+    if work.reused:
+        found.append(
+            f"Reused from {work.path}: {len(work.reused)} of "
+            f"{len(work.reused) + len(work.made)} intermediate results."
+        )
+    return found

@@ -110,13 +110,16 @@ def _measure(
     with steps.step("time") as progress:
         speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
     rows = [
-        FileResult(label, path, *size_of(path), evaluations[label], timing)
+        FileResult(label, path, *size_of(path), evaluations[label], timing, _maker(label))
         for (label, path), timing in zip(files.items(), speeds, strict=False)
     ]
-    rows.append(
-        FileResult("float reference", reference.path, *size_of(reference.path), None, speeds[-1])
-    )
+    path = reference.path
+    rows.append(FileResult("float reference", path, *size_of(path), None, speeds[-1], "reference"))
     return tuple(rows)
+
+
+def _maker(label: str) -> str:
+    return label.split()[0]
 
 
 def size_of(path: Path) -> tuple[int, float]:
@@ -126,7 +129,7 @@ def size_of(path: Path) -> tuple[int, float]:
 
 
 def _unmeasured(label: str, path: Path) -> FileResult:
-    return FileResult(label, path, *size_of(path), None, None)
+    return FileResult(label, path, *size_of(path), None, None, _maker(label))
 
 
 def read_text(path: Path, texts: tuple[str, ...], n_ctx: int, limit: int | None) -> Part:

@@ -7,7 +7,7 @@ the quantized layers before them, a layer's fingerprint contains those of the la
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from converters.gguf_file import GgufFile, TensorSource, tensor_bytes
 from edgeq.allocation import Plan, PlanEntry
 from edgeq.calibration.moments import Moments, MomentsSource
 from edgeq.console import Progress
+from edgeq.grids import KEPT, lies_on_grid, reason
 from edgeq.opening import Reference
 from edgeq.quantizers import Inputs, Quantizer, Rounded, importances_of
 from edgeq.runtime.encoders import FloatArray, Packed, decode, encode, validate
@@ -54,6 +55,7 @@ class Rules:
     asymmetric : 0 to 1, how far weights are moved to make up for the layers before
     allow_requantize : accept weights that are quantized already
     n_threads : default: every CPU of this process
+    keeps_grids : round what lies on the grid of its type to nearest, and fold nothing into it
     """
 
     quantizer: Quantizer
@@ -61,6 +63,7 @@ class Rules:
     asymmetric: float = 0.0
     allow_requantize: bool = False
     n_threads: int | None = None
+    keeps_grids: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,21 @@ class Quantized:
         with safe_open(self.paths[name], framework="numpy") as part:
             packed: Packed = part.get_tensor(name)
         return packed
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Tensor name to why it was left on the grid that it lies on."""
+        return {name: str(fact[KEPT]) for name, fact in self.facts.items() if KEPT in fact}
+
+    def explained(self, plan: Plan) -> Plan:
+        """Return the plan with the reasons that only rounding could give."""
+        entries = (
+            replace(entry, reason=f"{entry.reason}; {self.kept[entry.name]}")
+            if entry.name in self.kept
+            else entry
+            for entry in plan.entries
+        )
+        return replace(plan, entries=tuple(entries))
 
     def sources(self, plan: Plan, file: GgufFile) -> list[TensorSource]:
         """Return every tensor of the output, in the plan's order."""
@@ -243,6 +261,11 @@ class _Layer:
         self.shifts: dict[str, FloatArray] = {}  # of biases, in what the folds make of them
         self.facts: dict[str, dict[str, float | str]] = {}
         self.folds: dict[str, dict[str, float | str]] = {}
+        self.kept = {
+            name: reason(qtype)
+            for name, qtype in self.qtypes.items()
+            if rules.keeps_grids and lies_on_grid(file, name, qtype, n_threads=rules.n_threads)
+        }
 
     def run(self, out: Path, moments: Mapping[str, Moments], sites: Sequence[FoldSite]) -> None:
         """Write the layer's packed tensors, multipliers and facts."""
@@ -276,11 +299,14 @@ class _Layer:
 
     def _search(self, site: FoldSite, moments: Mapping[str, Moments]) -> FloatArray | None:
         names = [name for name in site.consumers if name in self.qtypes and name in moments]
-        reason = site.refused
+        refused = site.refused
         if not names or len(names) < len([n for n in site.consumers if n in self.qtypes]):
-            reason = reason or "no second moments of what it would fold into"
-        if reason is not None:
-            self.folds[site.name] = {"method": "none", "reason": reason}
+            refused = refused or "no second moments of what it would fold into"
+        kept = [name for name in (site.source, *site.consumers) if name in self.kept]
+        if kept:
+            refused = refused or f"{kept[0]} {self.kept[kept[0]]}"
+        if refused is not None:
+            self.folds[site.name] = {"method": "none", "reason": refused}
             return None
         hessians = {
             name: _by_matrix(moments[name].hessian, self.file.tensors[name].shape) for name in names
@@ -321,6 +347,10 @@ class _Layer:
         rules, inputs = self.rules, self.inputs[name]
         weight = self._weight(name)
         shape = weight.shape
+        if name in self.kept:
+            self.facts[name] = {KEPT: self.kept[name]}
+            nearest = encode(weight, qtype, n_threads=rules.n_threads, name=name)
+            return _checked(name, qtype, Rounded(nearest), shape)
         importances = inputs.importances
         bias = name.removesuffix("weight") + "bias"
         mean = None

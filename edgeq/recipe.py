@@ -205,6 +205,8 @@ class Recipe:
     allow_pickle : accept ``pytorch_model*.bin``, loaded with ``weights_only=True``
     prove : measure the file against the reference afterwards
     baseline : also quantize with llama.cpp itself at the same types and measure both
+    modelfile : write Ollama's ``Modelfile`` beside `out`
+    label : what provenance calls the model, where `model` is a temporary directory
     """
 
     model: str
@@ -234,6 +236,8 @@ class Recipe:
     allow_pickle: bool = False
     prove: bool = True
     baseline: bool = False
+    modelfile: bool = False
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.target.is_set:
@@ -258,6 +262,10 @@ class Recipe:
         if self.asymmetric and not self.sequential:
             raise RecipeError(
                 "--asymmetric makes up for the layers before: it needs --sequential. Give one."
+            )
+        if self.modelfile and self.split_max_bytes is not None:
+            raise RecipeError(
+                "--modelfile: Ollama loads one file, not parts. Leave --split-max-size out."
             )
         if self.out.suffix != ".gguf":
             raise RecipeError(f"{self.out}: the output is a GGUF file; name it *.gguf.")
@@ -306,6 +314,7 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """Return what shapes the bytes of the output, for its provenance."""
         # prove is not among them: it decides whether a part of the text is held out
-        placing = ("out", "work", "n_threads", "baseline", "allow_pickle")
+        placing = ("out", "work", "n_threads", "baseline", "allow_pickle", "modelfile", "label")
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in placing}
+        fields["model"] = self.label or self.model
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}

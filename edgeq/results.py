@@ -24,6 +24,7 @@ class FileResult:
     bpw : bits of the whole file per weight
     evaluation : against the reference; None for the reference itself
     speed : tokens/s on this CPU; None if not measured
+    made_by : "edgeq", "llama-quantize", "reference"; None: not known, or by others
     """
 
     label: str
@@ -32,12 +33,14 @@ class FileResult:
     bpw: float
     evaluation: Evaluation | None
     speed: Speed | None
+    made_by: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; the evaluation with its values of every token."""
         return {
             "label": self.label,
             "path": str(self.path),
+            "made_by": self.made_by,
             "size_bytes": self.size_bytes,
             "bpw": self.bpw,
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
@@ -153,6 +156,8 @@ class Report:
     seconds : wall time of each step of this run; reused artefacts cost almost nothing
     notes : what the user should know: fallbacks, reused artefacts, forced choices
     rounding : how tensors were rounded: the method, its verification, facts by tensor and fold
+    tensors : name to type, shape, bytes and reason, as in ``plan.json``
+    experts : weight name to the inputs that each of its experts saw in calibration
     """
 
     provenance: Mapping[str, Any]
@@ -160,6 +165,8 @@ class Report:
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
     rounding: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""
@@ -171,6 +178,8 @@ class Report:
             "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
             "notes": list(self.notes),
             "rounding": dict(self.rounding),
+            "tensors": dict(self.tensors),
+            "experts": dict(self.experts),
         }
 
     def as_text(self) -> str:

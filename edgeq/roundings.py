@@ -82,10 +82,12 @@ class Roundings:
             method.asymmetric,
             self.recipe.allow_requantize,
             self.recipe.n_threads,
+            keeps_grids=method.quantizer != "rtn",  # that is llama.cpp's own, importances and all
         )
         about: dict[str, Any] = {
             "method": dataclasses.asdict(method),
             "source": type(moments).__name__,
+            "keeps_grids": rules.keeps_grids,
         }
         if moments is not None and texts.calibration is not None:
             about["text"] = texts.calibration.manifest.sha256
@@ -98,8 +100,11 @@ class Roundings:
                 found[f"{method.quantizer}, tuned"] = tuned
         if not method.is_verified or texts.tuning is None:
             return list(found.values())[-1]
-        plain = Rules(make_quantizer("rtn"), (), 0.0, rules.allow_requantize, rules.n_threads)
-        found["rtn"] = self._quantize("verify", plain, None, "rtn", {}, "layers-rtn")
+        plain = dataclasses.replace(
+            rules, quantizer=make_quantizer("rtn"), transforms=(), asymmetric=0.0
+        )
+        about = {"keeps_grids": rules.keeps_grids}
+        found["rtn"] = self._quantize("verify", plain, None, "rtn", about, "layers-rtn")
         return self._better(found, texts.tuning)
 
     def judge(self, chosen: Quantized, text: UsedText) -> Summary:
@@ -274,6 +279,7 @@ class Roundings:
                     made_by=made_by,
                     work=self.work,
                     progress=progress,
+                    frozen=frozenset(wanted.kept),
                 ),
             )
         with safe_open(path, framework="numpy") as part:
@@ -305,7 +311,7 @@ class Roundings:
         name = min(found.keys() - {"rtn"}, key=lambda label: self.verification[label])
         told = [f"{label} {kld:.5f} nats" for label, kld in self.verification.items()]
         compared = f"on {len(text.rows)} chunks of tuning text {', '.join(told)}"
-        ratio = self.verification[name] / kld_rtn
+        ratio = self.verification[name] / max(kld_rtn, 1e-30)
         if ratio < _MARGIN:
             losses = [
                 float(fact["loss"]) / float(fact["loss_rtn"])

@@ -163,6 +163,7 @@ def tune(
     made_by: Mapping[str, Any],
     work: WorkDirectory,
     progress: Progress,
+    frozen: frozenset[str] = frozenset(),
 ) -> None:
     """Write the student's tensors with scales, offsets, norms and biases tuned.
 
@@ -175,6 +176,7 @@ def tune(
     steps : at most
     seed : of the order of the chunks
     made_by : all that the result depends on
+    frozen : names of tensors that stay as they are
 
     Raises
     ------
@@ -182,7 +184,7 @@ def tune(
         It would not fit into the memory that is free.
     """
     _check_memory(teacher, student, tokens, tuning)
-    tuner = _Tuner(teacher, student, tokens, tuning, steps, seed)
+    tuner = _Tuner(teacher, student, tokens, tuning, steps, seed, frozen)
     paths: list[Path] = []
     klds: list[float] = []
     for number in range(math.ceil(steps / _ROUND) + 1):
@@ -236,10 +238,11 @@ class _Tuner:
         tuning: Tokens,
         steps: int,
         seed: int,
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         self.teacher, self.student = teacher, student
         self.tokens, self.tuning = tokens, tuning
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self.frozen = steps, seed, frozen
         self.knobs: dict[str, _Knob] = {}
         self.at: dict[str, slice] = {}
         file, end = student.reference, 0
@@ -263,7 +266,7 @@ class _Tuner:
         found = [name for name in vectors if tensors[name].qtype == GGMLQuantizationType.F32]
         if layer is not None:
             found += [n for n in self.student.matrices(layer) if has_scales(tensors[n].qtype)]
-        return found
+        return [name for name in found if name not in self.frozen]
 
     def packed(self, theta: FloatArray) -> dict[str, Packed]:
         """Return all tensors as the file holds them."""

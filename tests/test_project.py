@@ -98,7 +98,10 @@ def test_readme_shows_the_real_help():
     assert block + "loaded:\n" == edgeq_in_a_new_process("--help").stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DECISIONS.md"])
+PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DECISIONS.md", *PAGES])
 def test_documents_name_commands_and_options_that_exist(document):
     text = (ROOT / document).read_text("utf-8")
     named = re.findall(r"(?:^|[`$(] ?)edgeq ([a-z]+)((?: +[^\s`|#]+)*)", text, re.MULTILINE)

@@ -15,6 +15,7 @@ from edgeq.runtime.library import load
 from edgeq.runtime.observer import Observer
 
 Tokens = npt.NDArray[np.int32]
+CACHES = ("f16", "q8_0", "q4_0")  # types of keys and values that ``Model`` offers
 
 
 class Model(AbstractContextManager["Model", None]):
@@ -37,6 +38,8 @@ class Model(AbstractContextManager["Model", None]):
     exact_attention : keep keys and values in float32 and attend without the fused kernel, which
         casts both to float16; slower. Otherwise two spellings of the same function differ by
         KL divergences around 1e-6.
+    cache : one of CACHES, the type of keys and values; a quantized one needs the fused kernel, and
+        heads whose width its blocks of 32 divide
 
     Raises
     ------
@@ -58,6 +61,7 @@ class Model(AbstractContextManager["Model", None]):
         mmap: bool = True,
         vocab_only: bool = False,
         exact_attention: bool = False,
+        cache: str = "f16",
     ) -> None:
         self.path = Path(path)
         self._library = load()
@@ -84,6 +88,7 @@ class Model(AbstractContextManager["Model", None]):
         self.n_seq = n_seq
         self._kv_unified = kv_unified and n_seq > 1
         self._exact_attention = exact_attention
+        self._cache = cache
         if not vocab_only:
             self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
 
@@ -99,6 +104,10 @@ class Model(AbstractContextManager["Model", None]):
         if self._exact_attention:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif self._cache != "f16":
+            kind = {"q8_0": llama.GGML_TYPE_Q8_0, "q4_0": llama.GGML_TYPE_Q4_0}[self._cache]
+            params.type_k = params.type_v = kind
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._observer = observer  # ctypes callbacks must outlive the context
         if observer is not None:
             params.cb_eval = observer.callback
@@ -125,6 +134,10 @@ class Model(AbstractContextManager["Model", None]):
     def bos(self) -> int:
         """The beginning-of-sequence token; -1 if there is none."""
         return int(self._llama.llama_vocab_bos(self._vocab))
+
+    def ends_text(self, token: int) -> bool:
+        """Whether `token` ends what a model writes."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     @property
     def shares_tokens(self) -> bool:

@@ -5,16 +5,19 @@ sets the answers of both against each other.
 """
 
 from edgeq.tasks.comparison import Comparison, Share, compare, mcnemar, wilson
-from edgeq.tasks.items import Item, Task, choose, read_task
+from edgeq.tasks.items import TASKS, Item, Record, Task, TaskFormat, choose, read_task
 from edgeq.tasks.results import TaskResult, ask, tasks_table
 from edgeq.tasks.scoring import ItemScore, score, score_tasks
 
 __all__ = [
+    "TASKS",
     "Comparison",
     "Item",
     "ItemScore",
+    "Record",
     "Share",
     "Task",
+    "TaskFormat",
     "TaskResult",
     "ask",
     "choose",

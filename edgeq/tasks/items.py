@@ -9,6 +9,9 @@ The format is told from the content:
     choice     JSONL of context, endings and label, for tasks of one's own
 
 ARC and PIQA are asked as lm-evaluation-harness does: a line ``Question: ...``, then ``Answer:``.
+
+Other distributions add formats of JSONL through the entry-point group ``edgeq.tasks`` (each entry
+point loads to a ``TaskFormat``). The format of most fields that the first line has is taken.
 """
 
 import hashlib
@@ -21,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.errors import EvaluationError
+from edgeq.errors import EvaluationError, RegistryError
+from edgeq.registry import Registry
 
 MAX_ENDINGS = 64
 _HELLASWAG_LINES = 6
@@ -54,7 +58,7 @@ class Task:
 
     Attributes
     ----------
-    kind : hellaswag, arc, piqa, lambada or choice
+    kind : hellaswag, or the name of a format of JSONL
     """
 
     path: Path
@@ -168,7 +172,7 @@ def _read_hellaswag(path: Path, text: str) -> Iterator[Item]:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """One line's object; asking it for what is not there is an error with the line's number."""
 
     where: str
@@ -202,16 +206,16 @@ class _Record:
         return Item(context, tuple(f" {ending}" for ending in endings), answer, self.line)
 
 
-def _choice(record: _Record) -> Item:
+def _choice(record: Record) -> Item:
     endings = record.texts("endings", record.values.get("endings"))
     answer = _index(record.values.get("label"), len(endings), record.where)
     return record.item(record.text("context"), endings, answer)
 
 
-def _arc(record: _Record) -> Item:
+def _arc(record: Record) -> Item:
     question, choices = record.values.get("question"), record.values.get("choices")
     if isinstance(question, dict):  # as published
-        record = _Record(record.where, record.line, {**record.values, **question})
+        record = Record(record.where, record.line, {**record.values, **question})
         stem, choices = record.text("stem"), question.get("choices")
     else:
         stem = record.text("question")
@@ -230,13 +234,13 @@ def _arc(record: _Record) -> Item:
     return record.item(f"Question: {stem}\nAnswer:", endings, labels.index(key))
 
 
-def _piqa(record: _Record) -> Item:
+def _piqa(record: Record) -> Item:
     endings = record.text("sol1"), record.text("sol2")
     answer = _index(record.values.get("label"), 2, record.where)
     return record.item(f"Question: {record.text('goal')}\nAnswer:", endings, answer)
 
 
-def _lambada(record: _Record) -> Item:
+def _lambada(record: Record) -> Item:
     match = _LAST_WORD.fullmatch(record.text("text"))
     if match is None:
         raise record.refuse("text", record.values["text"], "two words or more")
@@ -247,20 +251,51 @@ def _lambada(record: _Record) -> Item:
 
 
 _ARC_CHOICE = ("text", "label")
-_FORMATS: Mapping[str, tuple[frozenset[str], Callable[[_Record], Item]]] = {
-    "choice": (frozenset({"context", "endings"}), _choice),
-    "arc": (frozenset({"question", "answerKey"}), _arc),
-    "piqa": (frozenset({"goal", "sol1", "sol2"}), _piqa),
-    "lambada": (frozenset({"text"}), _lambada),
-}
+
+
+@dataclass(frozen=True)
+class TaskFormat:
+    """One kind of JSONL.
+
+    Attributes
+    ----------
+    fields : what an object of it has, by which it is told
+    read : makes an item of one line; raises what ``Record.refuse`` returns
+    """
+
+    fields: frozenset[str]
+    read: Callable[[Record], Item]
+
+
+CHOICE = TaskFormat(frozenset({"context", "endings"}), _choice)
+ARC = TaskFormat(frozenset({"question", "answerKey"}), _arc)
+PIQA = TaskFormat(frozenset({"goal", "sol1", "sol2"}), _piqa)
+LAMBADA = TaskFormat(frozenset({"text"}), _lambada)
+TASKS = Registry(
+    "edgeq.tasks",
+    {name: f"edgeq.tasks.items:{name.upper()}" for name in ("arc", "choice", "lambada", "piqa")},
+)
+
+
+def _formats() -> dict[str, TaskFormat]:
+    """Return every format by name, those of more fields first."""
+    found = {name: TASKS.get(name) for name in TASKS.names()}
+    for name, one in found.items():
+        if not isinstance(one, TaskFormat):
+            plugin = TASKS.plugins[name]
+            raise RegistryError(
+                f"task {name!r} of {plugin.origin}: {plugin.target} is of type "
+                f"{type(one).__name__}, expected a TaskFormat. Ask those who made it."
+            )
+    return dict(sorted(found.items(), key=lambda pair: (-len(pair[1].fields), pair[0] != "choice")))
 
 
 def _read_jsonl(path: Path, text: str) -> tuple[str, list[Item]]:
     records = list(_records(path, text))
-    first = records[0]
-    kinds = [kind for kind, (fields, _) in _FORMATS.items() if fields <= first.values.keys()]
+    first, formats = records[0], _formats()
+    kinds = [kind for kind, one in formats.items() if one.fields <= first.values.keys()]
     if not kinds:
-        known = "; ".join(", ".join(sorted(fields)) for fields, _ in _FORMATS.values())
+        known = "; ".join(", ".join(sorted(one.fields)) for one in formats.values())
         raise EvaluationError(
             f"{first.where}: no known kind of task; got the fields {_shown(sorted(first.values))}, "
             f"expected {known}."
@@ -268,10 +303,10 @@ def _read_jsonl(path: Path, text: str) -> tuple[str, list[Item]]:
     kind = kinds[0]
     if kind == "piqa" and "label" not in first.values:
         records = _with_labels(path, records)
-    return kind, [_FORMATS[kind][1](record) for record in records]
+    return kind, [formats[kind].read(record) for record in records]
 
 
-def _records(path: Path, text: str) -> Iterator[_Record]:
+def _records(path: Path, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -285,10 +320,10 @@ def _records(path: Path, text: str) -> Iterator[_Record]:
             raise EvaluationError(
                 f"{where}: got {_shown(values)}, expected an object. Mend the line."
             )
-        yield _Record(where, number, values)
+        yield Record(where, number, values)
 
 
-def _with_labels(path: Path, records: list[_Record]) -> list[_Record]:
+def _with_labels(path: Path, records: list[Record]) -> list[Record]:
     """Put the labels of PIQA's second file into the records."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     if not labels_path.is_file():
@@ -305,5 +340,5 @@ def _with_labels(path: Path, records: list[_Record]) -> list[_Record]:
     found = []
     for number, (record, label) in enumerate(zip(records, labels, strict=True), start=1):
         answer = _index(label, 2, f"{labels_path}: line {number}")
-        found.append(_Record(record.where, record.line, {**record.values, "label": answer}))
+        found.append(Record(record.where, record.line, {**record.values, "label": answer}))
     return found

@@ -66,13 +66,18 @@ class ChatTemplate:
         return cls(source, spelled("bos"), spelled("eos"), str(path))
 
     def render(
-        self, conversations: Sequence[Sequence[Message]], *, timeout_s: float = TIMEOUT_S
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        opens_answer: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> list[str]:
         """Return each conversation as the text that the model was trained on.
 
         Parameters
         ----------
         conversations : of messages with "role" and "content"
+        opens_answer : end with what the model's answer follows
         timeout_s : most seconds for all of them
 
         Raises
@@ -87,6 +92,7 @@ class ChatTemplate:
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "conversations": [list(messages) for messages in conversations],
+            "opens_answer": opens_answer,
         }
         command = [sys.executable, "-I", __file__]
         try:
@@ -154,7 +160,7 @@ def _render_all(task: dict[str, Any]) -> list[str]:
             messages=messages,
             bos_token=task["bos_token"],
             eos_token=task["eos_token"],
-            add_generation_prompt=False,
+            add_generation_prompt=task["opens_answer"],
         )
         for messages in task["conversations"]
     ]
