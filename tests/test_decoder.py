@@ -11,7 +11,7 @@ from converters.convert import convert
 from cpu_kernels.threads import available_cpus
 from edgeq import pipeline
 from edgeq.console import Steps
-from edgeq.decoder import Decoder
+from edgeq.decoding import Decoder
 from edgeq.errors import EvaluationError
 from edgeq.recipe import Recipe
 from edgeq.runtime.model import Model

@@ -318,7 +318,7 @@ def read_costs(path: Path) -> Costs:
             tuple(_tensor(name, value) for name, value in content["tensors"].items()),
             tuple((float(loss), float(kld)) for loss, kld in content.get("joint", ())),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{path}: no readable costs ({error!r}). Make them anew with: edgeq plan"
         ) from error
