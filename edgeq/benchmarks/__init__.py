@@ -5,9 +5,11 @@ alike; ratios are those of medians. Weights are larger than the caches, as a mod
 """
 
 from edgeq.benchmarks.files import FileBench, FileSpeed, bench_file
+from edgeq.benchmarks.sampling import SCHEMA
 from edgeq.benchmarks.types import TypesBench, TypeSpeed, bench_types, write_speeds
 
 __all__ = [
+    "SCHEMA",
     "FileBench",
     "FileSpeed",
     "TypeSpeed",
