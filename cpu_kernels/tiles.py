@@ -233,7 +233,7 @@ def _of_format(form: BlockFormat, isa: Isa) -> Layout:
         factor=1.0,
         inputs=_inputs(form.qtype, form.block_size),
         spread=in_place and has_subs,
-        trits=isa.looks_up_256 and form.qtype == _T.TQ1_0,
+        trits=isa.looks_up_256 and len(levels) == 3,
     )
 
 
