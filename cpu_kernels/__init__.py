@@ -5,4 +5,8 @@ layouts in ``block_formats_bits``, its numbers in ``block_formats_numbers``); ``
 codes and scales under a Hessian. ``divergence`` compares rows of logits; ``reference_rows`` packs
 the rows of a compact reference and ``reference_bounds`` compares with them; ``_numba`` holds the
 one decorator, and why its options are what they are.
+
+Products: ``isa`` chooses the CPU's instructions and ``simd`` writes them; ``tiles`` rearranges a
+weight, ``inputs`` rounds what it is multiplied by, ``products`` multiplies, ``attention`` attends;
+``threads`` runs such operations one after the other on a few threads. ``bandwidth`` reads memory.
 """
