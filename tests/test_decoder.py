@@ -130,7 +130,7 @@ def test_a_cache_of_bytes_is_near_that_of_half_floats(model):
         Decoder(path, n_ctx=150, n_threads=1, cache=cache).logits(TOKENS)
         for cache in ("f16", "q8_0")
     )
-    assert 0 < divergence(halves, rounded) < 2 * SAME_KERNELS_NATS
+    assert 0 < divergence(halves, rounded) < 4 * SAME_KERNELS_NATS  # another rounding on top
 
 
 def test_greedy_text_is_llama_cpps(model):
