@@ -298,7 +298,9 @@ def quantize_at(unused, arguments, thread, n_threads):
         )
         for c in range(n):
             at = (group * n + c) * stride
-            _prepare(values, at, how, first, second, epsilon, n_in, begin * width, end * width)
+            # floats that no block holds are the last thread's: weights of floats need them
+            stop = n_in if thread == n_threads - 1 else end * width
+            _prepare(values, at, how, first, second, epsilon, n_in, begin * width, stop)
             for block in range(begin, end):
                 target = codes + block * width if n == 1 else own
                 place = at + block * width

@@ -31,7 +31,7 @@ CASES = {
     "llama2": {},  # linear position scaling
     "llama3": {"attention_bias": False, "mlp_bias": False},  # frequencies by hand
     "smollm2": {},  # tied embedding
-    "mistral": {},  # heads wider than the embedding
+    "mistral": {"intermediate_size": 100},  # wide heads; rows that no block divides
     "qwen2": {},  # biases
     "qwen3": {"rope_parameters": _PLAIN},  # normalized heads
     "gemma3": {},  # windows, two bases, two norms, GELU
