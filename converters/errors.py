@@ -22,3 +22,8 @@ def shown(value: object) -> str:
     """Return `value` for a message: a hostile file must neither fill the screen nor control it."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def named(name: str) -> str:
+    """Return a tensor's name for a message: as it is, or as ``shown`` where it is hostile."""
+    return name if name.isprintable() and len(name) <= 80 else shown(name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, named
 from converters.imatrix import CountArray, FloatArray, Imatrix, check_matches, merge_imatrices
 from converters.imatrix_dat import dat_bytes, read_dat
 from converters.output import replacing
@@ -93,12 +93,12 @@ def _check_entry(path: Path, name: str, sums: FloatArray, counts: CountArray) ->
     bad = np.flatnonzero(~np.isfinite(sums.ravel()) | (sums.ravel() < 0))
     if bad.size:
         raise ConversionError(
-            f"{path}: {name}: value {bad[0]} is {sums.ravel()[bad[0]]}, expected a sum of squares. "
+            f"{path}: {named(name)}: value {bad[0]} is {sums.ravel()[bad[0]]}, expected a sum of squares. "
             "The file is damaged or was computed with non-finite activations: compute it again."
         )
     if (counts < 0).any():
         raise ConversionError(
-            f"{path}: {name}: a count is {counts.min()}, expected 0 or more. Compute it again."
+            f"{path}: {named(name)}: a count is {counts.min()}, expected 0 or more. Compute it again."
         )
 
 
@@ -114,7 +114,7 @@ def _read_gguf(path: Path) -> Imatrix:
             if tensor.name.endswith(suffix):
                 if tensor.qtype != GGMLQuantizationType.F32:
                     raise ConversionError(
-                        f"{path}: {tensor.name} has type {tensor.qtype.name}, expected F32. "
+                        f"{path}: {named(tensor.name)} has type {tensor.qtype.name}, expected F32. "
                         "Compute the importance matrix again."
                     )
                 pairs[tensor.name.removesuffix(suffix)][suffix] = file.read_float(tensor.name)
@@ -128,7 +128,7 @@ def _read_gguf(path: Path) -> Imatrix:
     for name, pair in pairs.items():
         if len(pair) != 2:
             raise ConversionError(
-                f"{path}: {name} has {next(iter(pair))} alone, expected {SUMS_SUFFIX} and "
+                f"{path}: {named(name)} has {next(iter(pair))} alone, expected {SUMS_SUFFIX} and "
                 f"{COUNTS_SUFFIX}. The file is damaged: compute it again."
             )
         sums[name], counts[name] = _gguf_entry(path, name, pair[SUMS_SUFFIX], pair[COUNTS_SUFFIX])
@@ -160,12 +160,12 @@ def _gguf_entry(
     n_counts = counts.size
     if n_counts == 0 or sums.size == 0 or sums.size % n_counts:
         raise ConversionError(
-            f"{path}: {name}: {sums.size} values do not divide into {n_counts} counts. "
+            f"{path}: {named(name)}: {sums.size} values do not divide into {n_counts} counts. "
             "The file is damaged: compute it again."
         )
     if not (np.abs(counts) < MAX_COUNT).all():
         raise ConversionError(
-            f"{path}: {name}: a count is {counts.ravel()[np.abs(counts).argmax()]}, expected less "
+            f"{path}: {named(name)}: a count is {counts.ravel()[np.abs(counts).argmax()]}, expected less "
             f"than {MAX_COUNT:.0e}. Compute it again."
         )
     return (
