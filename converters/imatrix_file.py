@@ -94,7 +94,8 @@ def _check_entry(path: Path, name: str, sums: FloatArray, counts: CountArray) ->
     if bad.size:
         raise ConversionError(
             f"{path}: {named(name)}: value {bad[0]} is {sums.ravel()[bad[0]]}, expected a sum of "
-            "squares. The file is damaged or was computed with non-finite activations: compute it again."
+            "squares. The file is damaged or was computed with non-finite activations: "
+            "compute it again."
         )
     if (counts < 0).any():
         raise ConversionError(
@@ -166,8 +167,8 @@ def _gguf_entry(
         )
     if not (np.abs(counts) < MAX_COUNT).all():
         raise ConversionError(
-            f"{path}: {named(name)}: a count is {counts.ravel()[np.abs(counts).argmax()]}, expected "
-            f"less than {MAX_COUNT:.0e}. Compute it again."
+            f"{path}: {named(name)}: a count is {counts.ravel()[np.abs(counts).argmax()]}, "
+            f"expected less than {MAX_COUNT:.0e}. Compute it again."
         )
     return (
         np.array(sums.reshape(n_counts, -1), np.float32),  # a copy: the file may be replaced
