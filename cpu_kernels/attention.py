@@ -26,7 +26,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 from cpu_kernels._numba import kernel
-from cpu_kernels.inputs import exponential, to_half
+from cpu_kernels.inputs import exponential, over_root_mean_square, to_half
 from cpu_kernels.isa import Isa
 from cpu_kernels.simd import (
     F32,
@@ -217,10 +217,7 @@ def _is_bytes(typing_context, cache):
 @kernel(reorder=True)
 def _normalize(row, at, weights, n, epsilon):
     """Divide n numbers by their root mean square and multiply them by weights, in place."""
-    squares = np.float32(0)
-    for i in range(n):
-        squares += row[at + i] * row[at + i]
-    scale = np.float32(1) / np.sqrt(squares / np.float32(n) + epsilon)
+    scale = over_root_mean_square(row, at, n, epsilon)
     for i in range(n):
         row[at + i] = row[at + i] * scale * weights[i]
 

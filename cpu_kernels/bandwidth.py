@@ -13,9 +13,9 @@ from numba.extending import intrinsic
 
 from cpu_kernels._numba import kernel
 from cpu_kernels.isa import chosen
-from cpu_kernels.products import aligned_bytes
 from cpu_kernels.simd import I8, INTS, Vectors
 from cpu_kernels.threads import Operation, Program, address_of
+from cpu_kernels.tiles import aligned_bytes
 
 _UNROLLED = 8  # vectors a turn, each added to a sum of its own
 _TURN = 64 * _UNROLLED

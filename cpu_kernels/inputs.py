@@ -54,6 +54,11 @@ _Q8_K = 2
 AS_IS, NORMALIZED, SILU, GELU = range(4)  # how activations come about
 
 
+def scale_columns(kind: int) -> int:
+    """Return the columns that share a scale, by index into KINDS."""
+    return 256 if kind == _Q8_K else 32
+
+
 @dataclass(frozen=True)
 class InputLayout:
     """Where the parts of quantized activations lie, in bytes from the start.
@@ -77,7 +82,7 @@ class InputLayout:
     @property
     def scale_columns(self) -> int:
         """Columns that share a scale."""
-        return 256 if self.kind == _Q8_K else 32
+        return scale_columns(self.kind)
 
     @property
     def scales(self) -> int:
@@ -187,16 +192,16 @@ def _round_256(values, first, codes):
 
 
 @kernel()
-def _sum_groups(codes, at, width, block, c, n, sums):
+def _sum_groups(codes, width, block, c, n, sums):
     """Write the sums of a block of `width` columns, in the order of SUMS."""
     per_block = width // 32
     whole = np.int32(0)
     for g in range(per_block):
         low, high = np.int32(0), np.int32(0)
         for j in range(16):
-            low += codes[at + 32 * g + j]
+            low += codes[32 * g + j]
         for j in range(16):
-            high += codes[at + 32 * g + 16 + j]
+            high += codes[32 * g + 16 + j]
         place = (block * per_block + g) * n + c
         sums[0][2 * place] = low
         sums[0][2 * place + 1] = high
@@ -219,6 +224,15 @@ def _sum_groups(codes, at, width, block, c, n, sums):
 
 
 @kernel(reorder=True)
+def over_root_mean_square(values, at, n, epsilon):
+    """Return one over the root mean square of n numbers, epsilon added to the mean."""
+    squares = np.float32(0)
+    for i in range(n):
+        squares += values[at + i] * values[at + i]
+    return np.float32(1) / np.sqrt(squares / np.float32(n) + epsilon)
+
+
+@kernel(reorder=True)
 def _prepare(values, at, how, first, second, epsilon, n_in, begin, end):
     """Write the values from `begin` to `end` of one activation.
 
@@ -226,10 +240,7 @@ def _prepare(values, at, how, first, second, epsilon, n_in, begin, end):
     function of `first`, times `second`. AS_IS: they are there.
     """
     if how == NORMALIZED:
-        squares = np.float32(0)
-        for i in range(n_in):
-            squares += first[at + i] * first[at + i]
-        scale = np.float32(1) / np.sqrt(squares / np.float32(n_in) + epsilon)
+        scale = over_root_mean_square(first, at, n_in, epsilon)
         for i in range(begin, end):
             values[at + i] = first[at + i] * scale * second[i]
     elif how == SILU:
@@ -263,10 +274,7 @@ def add_normalized(unused, arguments, thread, n_threads):
 
 @kernel(reorder=True)
 def _add_normalized(rows, added, weights, epsilon, n_in, begin, end):
-    squares = np.float32(0)
-    for i in range(n_in):
-        squares += added[i] * added[i]
-    scale = np.float32(1) / np.sqrt(squares / np.float32(n_in) + epsilon)
+    scale = over_root_mean_square(added, 0, n_in, epsilon)
     for i in range(begin, end):
         rows[i] += added[i] * scale * weights[i]
 
@@ -313,7 +321,7 @@ def quantize_at(unused, arguments, thread, n_threads):
                     if kind == 1:
                         total = np.float32(np.int32(found & 0xFFFFFFFF))
                         moments[block * n + c] = to_half(scale * total)
-                _sum_groups(as_int8(target), 0, width, block, c, n, sums)
+                _sum_groups(as_int8(target), width, block, c, n, sums)
                 if n > 1:
                     fours, side = as_int32(own), as_int32(codes)
                     for j in range(width // 4):

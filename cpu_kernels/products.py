@@ -22,7 +22,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 from cpu_kernels._numba import kernel
-from cpu_kernels.inputs import KINDS, InputLayout, quantize_arguments, quantize_at
+from cpu_kernels.inputs import (
+    KINDS,
+    InputLayout,
+    quantize_arguments,
+    quantize_at,
+    scale_columns,
+)
 from cpu_kernels.isa import Isa, chosen
 from cpu_kernels.simd import (
     BYTES,
@@ -38,7 +44,16 @@ from cpu_kernels.simd import (
     source_digest,
 )
 from cpu_kernels.threads import Operation, Program, address_of
-from cpu_kernels.tiles import HALF_LINE, LINE, ROWS, TRITS, Layout, Tiles, trit_tables
+from cpu_kernels.tiles import (
+    HALF_LINE,
+    LINE,
+    ROWS,
+    TRITS,
+    Layout,
+    Tiles,
+    aligned_bytes,
+    trit_tables,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -81,6 +96,7 @@ class _Product:
         layout, isa = product.layout, product.isa
         self.builder, self.layout, self.isa, self.n = builder, layout, isa, product.n
         self.adds = product.adds
+        self.scale_columns = scale_columns(KINDS.index(layout.inputs))
         self.vectors = Vectors(builder, isa)
         # codes that stand for signed bytes: made unsigned for VNNI, which takes nothing else
         self.is_bias = isa.dot == "vnni"
@@ -116,11 +132,10 @@ class _Product:
         totals = [
             cgutils.alloca_once_value(builder, self.vectors.zero(FLOATS)) for _ in range(self.n)
         ]
-        scale_columns = 256 if layout.inputs == "Q8_K" else 32
         steps = (
             (weights, layout.record_bytes),
             (codes, layout.columns * self.n),
-            (scales, max(1, layout.columns // scale_columns) * self.n * 4),
+            (scales, max(1, layout.columns // self.scale_columns) * self.n * 4),
             (moments, max(1, layout.columns // 32) * self.n * 4),
             (starts, layout.n_groups * self.n * 4),
             (sums, layout.n_groups * self.n * 2),
@@ -179,9 +194,8 @@ class _Product:
         lowest = None
         if layout.offsets:
             lowest = self._scale(weights, layout.places["offset", block, 0])
-        scale_columns = 256 if layout.inputs == "Q8_K" else 32
         for c in range(n):
-            place = (block * layout.block // scale_columns * n + c) * 4
+            place = (block * layout.block // self.scale_columns * n + c) * 4
             theirs = vectors.broadcast(vectors.load(scales, place, F32, 4))
             if layout.factor != 1:
                 theirs = builder.fmul(theirs, vectors.constant(FLOATS, layout.factor))
@@ -462,10 +476,3 @@ def groups_of(n: int, isa: Isa) -> list[tuple[int, int, int]]:
     found = [(0, widest, n // widest)] if n >= widest else []
     rest = n % widest
     return [*found, (n - rest, rest, 1)] if rest else found
-
-
-def aligned_bytes(n_bytes: int) -> npt.NDArray[np.int8]:
-    """Return zeros that begin at a multiple of 64 bytes."""
-    whole = np.zeros(n_bytes + LINE, np.int8)
-    start = -whole.ctypes.data % LINE
-    return whole[start : start + n_bytes]

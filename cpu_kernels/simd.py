@@ -67,12 +67,6 @@ class Vectors:
         """Write a vector or number `offset` bytes behind a pointer to bytes."""
         self.builder.store(value, self._at(pointer, offset, value.type), align=align)
 
-    def prefetch(self, pointer: Value, offset: int) -> None:
-        """Ask for the cache line `offset` bytes behind a pointer, to be read once."""
-        function = self._function("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), *[I32] * 3])
-        arguments = [self._at(pointer, offset, I8), *(ir.Constant(I32, n) for n in (0, 0, 1))]
-        self.builder.call(function, arguments)
-
     def in_order(self) -> None:
         """Keep LLVM from moving reads across this place: memory is read strictly forward."""
         kind = ir.FunctionType(ir.VoidType(), [])

@@ -161,7 +161,7 @@ class Layout:
                     for plane in range(len(self.planes)):
                         yield ("codes", plane, self.where(plane, four)[0]), LINE
 
-    @property
+    @functools.cached_property
     def record_bytes(self) -> int:
         """Bytes of a record."""
         parts = dict(self._parts())
@@ -330,20 +330,20 @@ def rearrange(
     n_out, n_in = len(packed), packed.shape[1] // known.type_size * known.block_size
     n_tiles, n_bytes = tile_shape(qtype, n_out, n_in, isa)
     n_records = n_bytes // layout.record_bytes
-    data = _aligned((n_tiles, n_bytes)) if out is None else out
+    if out is None:
+        out = aligned_bytes(n_tiles * n_bytes).view(np.uint8).reshape(n_tiles, n_bytes)
     for first in range(0, n_tiles, _TILES_AT_ONCE):
         rows = packed[first * ROWS : (first + _TILES_AT_ONCE) * ROWS]
         numbers = _numbers(qtype, rows, layout)
-        _write(layout, numbers, data[first : first + _TILES_AT_ONCE], n_records)
-    return Tiles(layout, n_out, n_in, data)
+        _write(layout, numbers, out[first : first + _TILES_AT_ONCE], n_records)
+    return Tiles(layout, n_out, n_in, out)
 
 
-def _aligned(shape: tuple[int, int]) -> Bytes:
+def aligned_bytes(n_bytes: int) -> npt.NDArray[np.int8]:
     """Return zeros that begin at a multiple of 64 bytes."""
-    n_bytes = shape[0] * shape[1]
-    whole = np.zeros(n_bytes + LINE, np.uint8)
+    whole = np.zeros(n_bytes + LINE, np.int8)
     start = -whole.ctypes.data % LINE
-    return whole[start : start + n_bytes].reshape(shape)
+    return whole[start : start + n_bytes]
 
 
 @dataclass(frozen=True)

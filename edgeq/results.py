@@ -8,9 +8,21 @@ from typing import Any
 
 from edgeq.console import markdown_table
 from edgeq.evaluation import Evaluation, Speed, compare
+from edgeq.evaluation.speed import Rate
 from edgeq.tasks import TaskResult, tasks_table
 
 REPORT_SCHEMA = 1
+BENCH_SCHEMA = 1  # of the JSON of edgeq bench
+FILES_HEADER = (
+    "file",
+    "bytes",
+    "bpw",
+    "KL divergence",
+    "perplexity",
+    "same top",
+    "prefill",
+    "decode",
+)
 
 
 @dataclass(frozen=True)
@@ -55,34 +67,35 @@ def _speed_json(speed: Speed) -> dict[str, Any]:
 
 def files_table(files: Sequence[FileResult]) -> str:
     """Return the table of files: bytes, bpw, divergence, perplexity, agreement and speed."""
-    header = [
-        "file",
-        "bytes",
-        "bpw",
-        "KL divergence",
-        "perplexity",
-        "same top",
-        "prefill",
-        "decode",
-    ]
-    return markdown_table(header, [_row(file) for file in files])
+    rows = []
+    for file in files:
+        speed = (None, None) if file.speed is None else (file.speed.prefill, file.speed.decode)
+        rows.append(file_row(file.label, file.size_bytes, file.bpw, file.evaluation, *speed))
+    return markdown_table(FILES_HEADER, rows)
 
 
-def _row(file: FileResult) -> list[str]:
-    judged = file.evaluation
-    if judged is None:
-        figures = ["–", "–", "–"]
-    else:
+def file_row(
+    label: str,
+    size_bytes: int,
+    bpw: float,
+    judged: Evaluation | None,
+    prefill: Rate | None,
+    decode: Rate | None,
+) -> list[str]:
+    """Return one file's row under FILES_HEADER; None: not judged, not timed."""
+    figures = ["–", "–", "–"]
+    if judged is not None:
         summary = judged.summary
         figures = [
             f"{summary.kld.value:.5f} ± {summary.kld.error:.5f}",
             f"{summary.ppl.value:.3f}",
             f"{100 * summary.same_top.value:.2f} %",
         ]
-    speed = ["–", "–"]
-    if file.speed is not None:
-        speed = [f"{file.speed.prefill.median:.0f} t/s", f"{file.speed.decode.median:.1f} t/s"]
-    return [file.label, f"{file.size_bytes:,}", f"{file.bpw:.3f}", *figures, *speed]
+    speed = [
+        "–" if rate is None else f"{rate.median:.{digits}f} t/s"
+        for rate, digits in ((prefill, 0), (decode, 1))
+    ]
+    return [label, f"{size_bytes:,}", f"{bpw:.3f}", *figures, *speed]
 
 
 def comparisons(files: Sequence[FileResult]) -> list[str]:

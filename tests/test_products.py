@@ -219,9 +219,7 @@ def test_nothing_is_read_or_written_beyond_the_ends(monkeypatch_module, qtype, n
         patch.setattr(
             products, "aligned_bytes", lambda size: guarded(-(-size // 64) * 64, keep).view(np.int8)
         )
-        patch.setattr(
-            tiles, "_aligned", lambda shape: guarded(shape[0] * shape[1], keep).reshape(shape)
-        )
+        patch.setattr(tiles, "aligned_bytes", lambda size: guarded(size, keep).view(np.int8))
         weight = rearrange(qtype, weight_of(qtype, n_out, n_in), chosen())
         product = Product(weight, n)
         assert np.isfinite(product(inputs_of(n, n_in))).all()

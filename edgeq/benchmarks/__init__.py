@@ -5,8 +5,8 @@ alike; ratios are those of medians. Weights are larger than the caches, as a mod
 """
 
 from edgeq.benchmarks.files import FileBench, FileSpeed, bench_file
-from edgeq.benchmarks.sampling import SCHEMA
 from edgeq.benchmarks.types import TypesBench, TypeSpeed, bench_types, write_speeds
+from edgeq.results import BENCH_SCHEMA as SCHEMA
 
 __all__ = [
     "SCHEMA",

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from converters.gguf_file import open_gguf
-from edgeq.benchmarks.sampling import PAUSE, SCHEMA
+from edgeq.benchmarks.sampling import PAUSE
 from edgeq.console import Steps, markdown_table
 from edgeq.decoding import Decoder
 from edgeq.errors import EvaluationError
 from edgeq.evaluation.speed import Rate, decode_seconds, prefill_seconds, rate_of
+from edgeq.results import BENCH_SCHEMA
 from edgeq.runtime.model import Model
 
 
@@ -60,7 +61,7 @@ class FileBench:
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
-            "schema": SCHEMA,
+            "schema": BENCH_SCHEMA,
             "file": str(self.path),
             "n_prompt": self.n_prompt,
             "n_gen": self.n_gen,

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 
-SCHEMA = 1  # of the JSON of a measurement
 PAUSE = 0.004  # seconds in which ggml's threads stop waiting for work at full speed
 
 

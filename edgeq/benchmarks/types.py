@@ -16,11 +16,12 @@ from cpu_kernels.bandwidth import Reader
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.isa import chosen
 from cpu_kernels.lattice_formats import LATTICES
-from cpu_kernels.products import Product, aligned_bytes
-from cpu_kernels.tiles import Tiles, rearrange
-from edgeq.benchmarks.sampling import SCHEMA, samples_of
+from cpu_kernels.products import Product
+from cpu_kernels.tiles import Tiles, aligned_bytes, rearrange
+from edgeq.benchmarks.sampling import samples_of
 from edgeq.console import Steps, markdown_table
 from edgeq.errors import EvaluationError
+from edgeq.results import BENCH_SCHEMA
 from edgeq.runtime.encoders import encode
 from edgeq.runtime.products import RuntimeProduct
 
@@ -82,7 +83,7 @@ class TypesBench:
     def as_json(self) -> dict[str, Any]:
         """Return JSON values; ``speeds.json`` is made of them."""
         return {
-            "schema": SCHEMA,
+            "schema": BENCH_SCHEMA,
             "isa": self.isa,
             "bandwidth_gb_per_s": {str(n): value for n, value in self.bandwidth.items()},
             "types": [asdict(row) for row in self.types],

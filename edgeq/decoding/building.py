@@ -17,14 +17,13 @@ from cpu_kernels.inputs import (
 from cpu_kernels.isa import chosen
 from cpu_kernels.products import (
     ProductType,
-    aligned_bytes,
     groups_of,
     multiply,
     multiply_floats,
     product_arguments,
 )
 from cpu_kernels.threads import Operation, address_of
-from cpu_kernels.tiles import Tiles
+from cpu_kernels.tiles import Tiles, aligned_bytes
 from edgeq.decoding.shape import Shape
 from edgeq.decoding.weights import Floats, Weights
 

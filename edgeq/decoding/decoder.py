@@ -10,9 +10,8 @@ from converters.gguf_file import open_gguf
 from cpu_kernels.attention import LANES, CacheType, attend, rotate_and_store
 from cpu_kernels.inputs import AS_IS, GELU, NORMALIZED, SILU, float_bits
 from cpu_kernels.isa import chosen
-from cpu_kernels.products import aligned_bytes
 from cpu_kernels.threads import Program, available_cpus
-from cpu_kernels.tiles import ROWS
+from cpu_kernels.tiles import ROWS, aligned_bytes
 from edgeq.decoding.building import Builder, Inputs
 from edgeq.decoding.shape import shape_of
 from edgeq.decoding.weights import Floats, Tokens, Weights

@@ -8,8 +8,7 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
 from cpu_kernels.isa import chosen
-from cpu_kernels.products import aligned_bytes
-from cpu_kernels.tiles import Tiles, rearrange, tile_shape
+from cpu_kernels.tiles import Tiles, aligned_bytes, rearrange, tile_shape
 from edgeq.errors import EvaluationError
 from edgeq.runtime.encoders import decode
 

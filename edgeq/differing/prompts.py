@@ -3,12 +3,12 @@
 Prompts are plain text, one a line, or JSONL of ``prompt`` and an optional ``class``.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.errors import EvaluationError
+from edgeq.texts.lines import excerpt, parse_object, read_utf8
 
 NO_CLASS = "all"
 REFUSALS = (
@@ -27,7 +27,6 @@ REFUSALS = (
     "As an AI",
     "Unfortunately, I",
 )
-_SHOWN = 60  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True)
@@ -90,29 +89,14 @@ def _plain(text: str) -> str:
 
 
 def _lines(path: Path, what: str) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot be read: {error.strerror}. Give the path of a file of {what}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8."
-        ) from error
+    text = read_utf8(path, f"a file of {what}", EvaluationError)
     if not text.strip():
         raise EvaluationError(f"{path}: has no {what}; it is empty. Give one a line.")
     return text.replace("\r\n", "\n").split("\n")
 
 
 def _from_json(where: str, line: str, number: int) -> Prompt:
-    try:
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{where}: is not JSON ({error}). Mend the line.") from error
-    if not isinstance(values, dict):
-        raise EvaluationError(f"{where}: got {_shown(values)}, expected an object. Mend the line.")
+    values = parse_object(where, line)
     label = _text(where, "class", values.get("class", NO_CLASS))
     return Prompt(_text(where, "prompt", values.get("prompt")), label.strip(), number)
 
@@ -120,14 +104,9 @@ def _from_json(where: str, line: str, number: int) -> Prompt:
 def _text(where: str, field: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise EvaluationError(
-            f"{where}: wrong {field!r}; got {_shown(value)}, expected some text. Mend the line."
+            f"{where}: wrong {field!r}; got {excerpt(value)}, expected some text. Mend the line."
         )
     return value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def labels(prompts: Sequence[Prompt]) -> Iterator[str]:

@@ -11,10 +11,10 @@ from edgeq.console import markdown_table
 from edgeq.errors import EvaluationError
 from edgeq.opening import check_output
 from edgeq.reporting.markup import printable
-from edgeq.reporting.page import HEADER, distinct_files, headline_rows
+from edgeq.reporting.page import distinct_files, headline_rows
 from edgeq.reporting.reading import SavedReport, read_reports
 from edgeq.reporting.reproducing import command
-from edgeq.results import Written
+from edgeq.results import FILES_HEADER, Written
 
 _HUB = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 _LICENSE = re.compile(r"[a-z0-9.+-]+")
@@ -57,7 +57,7 @@ def card(report: SavedReport) -> str:
         f"A quantized GGUF file for llama.cpp{f', {_prose(str(kind))}' if kind else ''}, made and "
         "measured with edgeq.",
         "## Measured",
-        markdown_table(HEADER, rows),
+        markdown_table(FILES_HEADER, rows),
         "KL divergence from the float model in nats a token ± standard error, perplexity, and how "
         "often the most likely next token is the float model's: measured through llama.cpp"
         f"{_judged(report)}. Speeds are of the machine that measured.",

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from edgeq.evaluation import Evaluation
+from edgeq.evaluation.speed import Rate
 from edgeq.reporting.markup import element, number, table
 from edgeq.reporting.plots import (
     Axis,
@@ -26,7 +27,7 @@ from edgeq.reporting.plots import (
     shape_path,
     squares,
 )
-from edgeq.reporting.reading import Rate, SavedBench, SavedFile, SavedReport
+from edgeq.reporting.reading import SavedBench, SavedFile, SavedReport
 
 Judged = tuple[str, Evaluation]
 """A file's label and its evaluation."""

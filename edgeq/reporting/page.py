@@ -13,7 +13,6 @@ from edgeq.reporting import figures
 from edgeq.reporting.figures import Figure
 from edgeq.reporting.markup import element, joined, number, table
 from edgeq.reporting.reading import (
-    Rate,
     SavedBench,
     SavedFile,
     SavedReport,
@@ -23,7 +22,7 @@ from edgeq.reporting.reading import (
 from edgeq.reporting.reproducing import command
 from edgeq.reporting.style import style_sheet
 from edgeq.reporting.tensor_map import tensor_map, tone
-from edgeq.results import Written
+from edgeq.results import FILES_HEADER, Written, file_row
 
 _EXPERT_TONES = {-1.0: "#c62828"} | {
     least: tone(place)
@@ -126,7 +125,7 @@ def _top(title: str, reports: Sequence[SavedReport], files: Sequence[SavedFile])
         "header",
         element("h1", title),
         element("p", _lead(files), class_="lead"),
-        table("Measured through llama.cpp", HEADER, headline_rows(files), "cards"),
+        table("Measured through llama.cpp", FILES_HEADER, headline_rows(files), "cards"),
         *[element("p", line, class_="muted") for line in said],
     )
 
@@ -162,37 +161,11 @@ def _judge(file: SavedFile) -> tuple[str, str, str]:
     )
 
 
-HEADER = (
-    "file",
-    "bytes",
-    "bpw",
-    "KL divergence",
-    "perplexity",
-    "same top",
-    "prefill",
-    "decode",
-)
-
-
 def headline_rows(files: Sequence[SavedFile]) -> list[list[str]]:
-    """Return the rows of the headline table."""
-    rows = []
-    for file in files:
-        figures_of = ["–", "–", "–"]
-        if file.evaluation is not None:
-            s = file.evaluation.summary
-            figures_of = [
-                f"{s.kld.value:.5f} ± {s.kld.error:.5f}",
-                f"{s.ppl.value:.3f}",
-                f"{100 * s.same_top.value:.2f} %",
-            ]
-        size = [f"{file.size_bytes:,}", f"{file.bpw:.3f}"]
-        rows.append([file.label, *size, *figures_of, _rate(file.prefill, 0), _rate(file.decode, 1)])
-    return rows
-
-
-def _rate(rate: Rate | None, digits: int) -> str:
-    return "–" if rate is None else f"{rate.median:.{digits}f} t/s"
+    """Return the rows of the headline table, under ``FILES_HEADER``."""
+    return [
+        file_row(f.label, f.size_bytes, f.bpw, f.evaluation, f.prefill, f.decode) for f in files
+    ]
 
 
 # ------------------------------------------------------------------------------------------ figures

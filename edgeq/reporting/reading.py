@@ -12,21 +12,12 @@ import numpy as np
 
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import Evaluation
-from edgeq.results import REPORT_SCHEMA
+from edgeq.evaluation.speed import Rate
+from edgeq.results import BENCH_SCHEMA, REPORT_SCHEMA
 
-BENCH_SCHEMA = 1
 _EXPECTED = "expected what edgeq export, evaluate --json or bench FILE --json wrote"
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Tokens a second: the median, the slowest and the fastest repetition."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, eq=False)

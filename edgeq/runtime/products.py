@@ -130,6 +130,8 @@ class RuntimeProduct:
             if kind == plain or weight.contents.extra:
                 self.is_rearranged = kind != plain
                 break
+            base.ggml_free(self._contexts.pop())  # no rearrangement: it lies in the plain buffer
+            base.ggml_backend_buffer_free(self._buffers.pop())
         context = self._context()
         self._inputs = base.ggml_new_tensor_2d(context, 0, n_in, n)
         outputs = [base.ggml_mul_mat(context, weight, self._inputs) for _ in range(repeats)]

@@ -26,11 +26,11 @@ import numpy as np
 
 from edgeq.errors import EvaluationError, RegistryError
 from edgeq.registry import Registry
+from edgeq.texts.lines import excerpt, parse_object, read_utf8
 
 MAX_ENDINGS = 64
 _HELLASWAG_LINES = 6
 _LAST_WORD = re.compile(r"(?P<context>.*\S)(?P<space>\s+)(?P<word>\S+)", re.DOTALL)
-_SHOWN = 60  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True)
@@ -117,24 +117,10 @@ def choose(n_items: int, n_chosen: int) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot be read: {error.strerror}. Give the path of a file of tasks."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8."
-        ) from error
+    text = read_utf8(path, "a file of tasks", EvaluationError)
     if not text.strip():
         raise EvaluationError(f"{path}: has no items; it is empty. Give a file of tasks.")
     return text.replace("\r\n", "\n")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _index(value: object, n_endings: int, where: str) -> int:
@@ -142,7 +128,7 @@ def _index(value: object, n_endings: int, where: str) -> int:
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < n_endings:
         raise EvaluationError(
-            f"{where}: wrong index of the right ending; got {_shown(value)}, expected 0 to "
+            f"{where}: wrong index of the right ending; got {excerpt(value)}, expected 0 to "
             f"{n_endings - 1}. Mend the line."
         )
     return number
@@ -182,7 +168,7 @@ class Record:
     def refuse(self, field: str, value: object, expected: str) -> EvaluationError:
         """Return the error for a wrong value of a field."""
         return EvaluationError(
-            f"{self.where}: wrong {field!r}; got {_shown(value)}, expected {expected}. "
+            f"{self.where}: wrong {field!r}; got {excerpt(value)}, expected {expected}. "
             "Mend the line."
         )
 
@@ -297,8 +283,8 @@ def _read_jsonl(path: Path, text: str) -> tuple[str, list[Item]]:
     if not kinds:
         known = "; ".join(", ".join(sorted(one.fields)) for one in formats.values())
         raise EvaluationError(
-            f"{first.where}: no known kind of task; got the fields {_shown(sorted(first.values))}, "
-            f"expected {known}."
+            f"{first.where}: no known kind of task; got the fields "
+            f"{excerpt(sorted(first.values))}, expected {known}."
         )
     kind = kinds[0]
     if kind == "piqa" and "label" not in first.values:
@@ -311,16 +297,7 @@ def _records(path: Path, text: str) -> Iterator[Record]:
         if not line.strip():
             continue
         where = f"{path}: line {number}"
-        try:
-            values = json.loads(line)
-            json.dumps(values, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{where}: is not JSON ({error}). Mend the line.") from error
-        if not isinstance(values, dict):
-            raise EvaluationError(
-                f"{where}: got {_shown(values)}, expected an object. Mend the line."
-            )
-        yield Record(where, number, values)
+        yield Record(where, number, parse_object(where, line))
 
 
 def _with_labels(path: Path, records: list[Record]) -> list[Record]:

@@ -3,7 +3,6 @@
 ``FILE@2.0`` gives a file a weight in the mix.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgeq.errors import CalibrationError
 from edgeq.texts.chat_template import ChatTemplate, Message
+from edgeq.texts.lines import parse_line, read_utf8
 
 _WEIGHT = re.compile(r"(?P<path>.+)@(?P<weight>\d+(\.\d+)?)", re.S)
 
@@ -58,16 +58,7 @@ def read_source(argument: str, template: ChatTemplate | None = None) -> Source:
         path, weight = Path(match["path"]), float(match["weight"])
         if weight == 0:
             raise CalibrationError(f"{argument}: the weight is 0; leave the file out instead.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise CalibrationError(
-            f"{path}: cannot be read: {error.strerror}. Give the path of a text file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: byte {error.start} is not UTF-8. Convert the file to UTF-8."
-        ) from error
+    text = read_utf8(path, "a text file", CalibrationError)
     if path.suffix == ".jsonl":
         if template is None:
             raise CalibrationError(f"{path}: conversations need a chat template. Give plain text.")
@@ -86,9 +77,8 @@ def _conversations(path: Path, text: str) -> list[list[Message]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
-        except (ValueError, RecursionError) as error:
+            value = parse_line(line)
+        except ValueError as error:
             raise CalibrationError(
                 f"{path}: line {number} is not JSON ({error}). One conversation a line is expected."
             ) from error
