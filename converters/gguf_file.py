@@ -8,6 +8,7 @@ llama_model_loader in src/llama-model-loader.cpp for split files, llama.cpp 0c1e
 import hashlib
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ class GgufFile:
                     digest.update(chunk)
         return digest.hexdigest()
 
+    def only(self, names: Collection[str]) -> "GgufFile":
+        """Return the same file with some of its tensors and no metadata: small when pickled."""
+        return GgufFile(self.path, self.paths, {}, {name: self.tensors[name] for name in names})
+
+    def held(self, names: Collection[str]) -> "GgufFile":
+        """Return these tensors with their data in memory: it needs no file, wherever it goes."""
+        data = {name: np.array(self.read_bytes(name)) for name in names}
+        return _HeldFile(self.only(names), data)
+
     def _tensor(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise ConversionError(
@@ -151,6 +161,18 @@ class GgufFile:
                 "Give the file that the name was taken from."
             )
         return self.tensors[name]
+
+
+class _HeldFile(GgufFile):
+    """Some tensors of a model, in memory."""
+
+    def __init__(self, file: GgufFile, data: dict[str, npt.NDArray[np.uint8]]) -> None:
+        super().__init__(file.path, file.paths, file.fields, file.tensors)
+        self._data = data
+
+    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return a tensor's packed data."""
+        return self._data[self._tensor(name).name]
 
 
 def _decode(rows: npt.NDArray[np.uint8], tensor: TensorInfo) -> npt.NDArray[np.float32]:

@@ -63,6 +63,9 @@ def export(
     force: bool = False,
     work: File | None = None,
     n_threads: int | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
+    cluster_data: str = "files",
     split_max_bytes: int | None = None,
     allow_requantize: bool = False,
     allow_pickle: bool = False,
@@ -91,6 +94,8 @@ def export(
     n_ctx, chunks, eval_chunks, seed, force : see ``edgeq.recipe.TextChoice``
     work : directory of intermediate results; default: beside `out`
     n_threads : default: every CPU of this process
+    jobs, cluster, cluster_data : who shares the work, see ``edgeq.recipe.Recipe``; with several
+        jobs a script needs ``if __name__ == "__main__":``
     split_max_bytes : write parts of at most so many bytes
     allow_requantize, allow_pickle : accept a quantized GGUF, ``pytorch_model*.bin``
     prove : measure the file against the reference
@@ -133,6 +138,9 @@ def export(
             ),
             work=_path(work),
             n_threads=n_threads,
+            jobs=jobs,
+            cluster=cluster,
+            cluster_data=cluster_data,
             split_max_bytes=split_max_bytes,
             allow_requantize=allow_requantize,
             allow_pickle=allow_pickle,

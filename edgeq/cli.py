@@ -26,6 +26,7 @@ from edgeq.cli_options import (
     start,
     text_choice,
     texts,
+    workers,
 )
 from edgeq.errors import EdgeqError
 from edgeq.recipe import DEFAULT_PRESET, Recipe, Target
@@ -117,6 +118,7 @@ for _command in (
 @texts
 @evaluation
 @source_input
+@workers
 @common
 def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
     """Quantize MODEL into OUT and prove it.
@@ -144,6 +146,9 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         texts=text_choice(options),
         work=options["work"],
         n_threads=options["threads"],
+        jobs=options["jobs"],
+        cluster=options["cluster"],
+        cluster_data=options["cluster_data"],
         split_max_bytes=options["split_max_bytes"],
         allow_requantize=options["allow_requantize"],
         allow_pickle=options["allow_pickle"],
@@ -283,6 +288,7 @@ def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any
 @click.option("--tensor-type-file", type=PATH, help="Also write the types for llama-quantize.")
 @texts
 @source_input
+@workers
 @common
 def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
     """Write the type of every tensor.
@@ -303,6 +309,9 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
         texts=text_choice(options),
         work=options["work"],
         n_threads=options["threads"],
+        jobs=options["jobs"],
+        cluster=options["cluster"],
+        cluster_data=options["cluster_data"],
         allow_requantize=options["allow_requantize"],
         allow_pickle=options["allow_pickle"],
         prove=False,

@@ -86,6 +86,17 @@ source_input = options_of(
     click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model*.bin (weights_only)."),
     click.option("--work", type=PATH, help="Intermediate results. Default: beside the output."),
 )
+workers = options_of(
+    click.option("--jobs", default=1, show_default=True, help="Processes that share the work."),
+    click.option("--cluster", metavar="URL", help="Let a dask scheduler's workers do the work."),
+    click.option(
+        "--cluster-data",
+        type=click.Choice(["files", "arrays"]),
+        default="files",
+        show_default=True,
+        help="Workers read files that they share with this machine, or are sent arrays.",
+    ),
+)
 texts = options_of(
     click.option(
         "--text",

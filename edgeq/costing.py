@@ -30,9 +30,9 @@ from edgeq.allocation.knapsack import Knapsack
 from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import LayerwiseMoments
 from edgeq.errors import CalibrationError, RecipeError
-from edgeq.measuring import Measurer
+from edgeq.layer_rounding import thinned
+from edgeq.measuring import Measurer, Types
 from edgeq.opening import UsedText
-from edgeq.quantization import thinned
 from edgeq.quantizers import Quantizer
 from edgeq.recipe import DEFAULT_PRESET
 from edgeq.registry import unknown_name
@@ -281,18 +281,22 @@ class _Costing:
         self, tensors: Mapping[str, tuple[Candidate, ...]]
     ) -> dict[str, tuple[Candidate, ...]]:
         """Scale each tensor's losses so that one type's is the measured loss of its swap."""
-        found = {}
+        probes = {
+            name: _probe(candidates, math.prod(self.file.tensors[name].shape))
+            for name, candidates in tensors.items()
+        }
+        swapped: list[Types] = [{name: probe.qtype} for name, probe in probes.items()]
         with self.measurer.steps.step("swaps") as progress:
-            for done, (name, candidates) in enumerate(tensors.items(), start=1):
-                probe = _probe(candidates, math.prod(self.file.tensors[name].shape))
-                swap = self.measurer.joint({name: probe.qtype}, SWAP_CHUNKS)
-                scale = swap.kld / probe.loss if probe.loss > 0 else 0.0
-                relative = swap.kld_error / swap.kld if swap.kld > 0 else 0.0
-                found[name] = tuple(
-                    Candidate(c.qtype, c.size_bytes, scale * c.loss, scale * c.loss * relative)
-                    for c in candidates
-                )
-                progress(done, len(tensors))
+            swaps = self.measurer.joints(swapped, SWAP_CHUNKS, progress)
+        found = {}
+        for (name, candidates), swap in zip(tensors.items(), swaps, strict=True):
+            probe = probes[name]
+            scale = swap.kld / probe.loss if probe.loss > 0 else 0.0
+            relative = swap.kld_error / swap.kld if swap.kld > 0 else 0.0
+            found[name] = tuple(
+                Candidate(c.qtype, c.size_bytes, scale * c.loss, scale * c.loss * relative)
+                for c in candidates
+            )
         return found
 
     def _joined(self, costs: Costs) -> Costs:

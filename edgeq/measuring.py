@@ -7,7 +7,7 @@ interrupted search goes on where it was.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ from safetensors import safe_open
 from converters.gguf_file import GgufFile, TensorSource, write_gguf
 from edgeq import provenance
 from edgeq.calibration import collect
-from edgeq.console import Steps
+from edgeq.console import Progress, Steps
 from edgeq.errors import RecipeError
 from edgeq.evaluation import store_reference
 from edgeq.evaluation.patched import PatchedModel
+from edgeq.execution import Executor, Here
+from edgeq.layer_rounding import Importances
 from edgeq.opening import Reference, UsedText
-from edgeq.quantization import Importances, quantize_tensor
-from edgeq.quantizers import QUANTIZERS, Inputs, importances_of, make_quantizer
+from edgeq.quantization import quantize_tensor
+from edgeq.quantizers import QUANTIZERS, Inputs, Quantizer, importances_of, make_quantizer
 from edgeq.runtime.encoders import FloatArray, Packed, decode
 from edgeq.runtime.presets import quantizable_tensors
 from edgeq.workdir import WorkDirectory, file_name, save_arrays
@@ -93,18 +95,20 @@ class Measurer(AbstractContextManager["Measurer", None]):
     notes : sentences for the report
     """
 
-    def __init__(self, ground: Ground, work: WorkDirectory, steps: Steps) -> None:
+    def __init__(
+        self, ground: Ground, work: WorkDirectory, executor: Executor, steps: Steps
+    ) -> None:
         self.ground = ground
         self.work = work
+        self.executor = executor if executor.has_files else Here()  # models are loaded from files
         self.steps = steps
         self.notes: list[str] = []
         self.file: GgufFile = ground.reference.file
         quantizable = quantizable_tensors(ground.reference.path)
         self.names = tuple(name for name in self.file.tensors if name in quantizable)
         self.quantizer = make_quantizer(ground.quantizer)
-        self._model: PatchedModel | None = None
+        self._model: tuple[Path, Path] | None = None
         self._hessians: dict[str, FloatArray] | None = None
-        self._encoded: dict[tuple[str, GGMLQuantizationType], Path] = {}
 
     def joint(self, types: Types, n_chunks: int | None = None) -> Joint:
         """Return what these types do, every other tensor being float.
@@ -113,14 +117,42 @@ class Measurer(AbstractContextManager["Measurer", None]):
         ----------
         n_chunks : of tuning text; None: all of it
         """
+        return self.joints([types], n_chunks)[0]
+
+    def joints(
+        self,
+        choices: Sequence[Types],
+        n_chunks: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Joint]:
+        """Return what each choice of types does, see ``joint``."""
+        asked = {self._name_of(types, n_chunks): types for types in choices}
+        about = {
+            name: {
+                **self.ground.about,
+                "types": {tensor: qtype.name for tensor, qtype in types.items()},
+                "chunks": n_chunks,
+            }
+            for name, types in asked.items()
+        }
+        missing = [name for name in asked if not self.work.has(name, about[name])]
+        tasks = self._tasks([asked[name] for name in missing], n_chunks)
+        done = len(asked) - len(missing)
+        for number, joint in self.executor.each(_judge, tasks):
+            text = json.dumps(vars(joint))
+            name = missing[number]
+            self.work.artefact(name, about[name], lambda out, text=text: out.write_text(text))  # type: ignore[misc]
+            done += 1
+            if progress is not None:
+                progress(done, len(asked))
+        names = [self._name_of(types, n_chunks) for types in choices]
+        return [Joint(**json.loads((self.work.path / name).read_text())) for name in names]
+
+    @staticmethod
+    def _name_of(types: Types, n_chunks: int | None) -> str:
         named = {name: qtype.name for name, qtype in types.items()}
         key = hashlib.sha256(json.dumps([named, n_chunks]).encode()).hexdigest()[:24]
-        path = self.work.artefact(
-            f"measured/{key}.json",
-            {**self.ground.about, "types": named, "chunks": n_chunks},
-            lambda out: out.write_text(json.dumps(vars(self._run(types, n_chunks)))),
-        )
-        return Joint(**json.loads(path.read_text()))
+        return f"measured/{key}.json"
 
     def inputs(self, name: str, hessian: FloatArray | None) -> Inputs:
         """Return what the quantizer may know about a tensor's inputs."""
@@ -168,18 +200,26 @@ class Measurer(AbstractContextManager["Measurer", None]):
         out = self.work.path / "nearest.gguf"
         return write_gguf(out, file.fields, [source(name) for name in file.tensors])[0]
 
-    def _run(self, types: Types, n_chunks: int | None) -> Joint:
-        model = self._opened()
-        model.put(
-            {
-                name: (qtype, lambda name=name, qtype=qtype: self._values(name, qtype))  # type: ignore[misc]
-                for name, qtype in types.items()
-            }
-        )
-        kld, ln_ratio = model.judge(n_chunks)
-        return Joint(max(0.0, kld.value), kld.error, math.exp(ln_ratio.value))
+    def _tasks(self, choices: Sequence[Types], n_chunks: int | None) -> list["_Judging"]:
+        if not choices:
+            return []
+        path, base = self._opened()
+        pairs = dict.fromkeys(pair for types in choices for pair in types.items())
+        encoded = self._encoded_as(list(pairs))
+        return [
+            _Judging(
+                path,
+                base,
+                self.names,
+                {name: (qtype, encoded[name, qtype]) for name, qtype in types.items()},
+                n_chunks,
+                self.ground.n_threads,
+            )
+            for types in choices
+        ]
 
-    def _opened(self) -> PatchedModel:
+    def _opened(self) -> tuple[Path, Path]:
+        """Return the float32 model and its logits on the tuning text."""
         if self._model is None:
             ground = self.ground
             if ground.tuning is None:
@@ -204,7 +244,7 @@ class Measurer(AbstractContextManager["Measurer", None]):
                         progress=progress,
                     ),
                 )
-            self._model = PatchedModel(path, base, self.names, n_threads=ground.n_threads)
+            self._model = (path, base)
         return self._model
 
     def _float32(self) -> Path:
@@ -225,25 +265,106 @@ class Measurer(AbstractContextManager["Measurer", None]):
             lambda out: write_gguf(out, file.fields, [source(name) for name in file.tensors]),
         )
 
-    def _values(self, name: str, qtype: GGMLQuantizationType) -> FloatArray:
-        """Return what a tensor stands for as `qtype`, in its shape or flat; encoded once."""
-        if (name, qtype) not in self._encoded:
-            self._encoded[name, qtype] = self.work.artefact(
-                f"encoded/{file_name(name)}-{qtype.name}.safetensors",
-                {**self.ground.about, "type": qtype.name},
-                lambda out: save_arrays({name: self._packed(name, qtype)}, out),
+    def _encoded_as(
+        self, pairs: Sequence[tuple[str, GGMLQuantizationType]]
+    ) -> dict[tuple[str, GGMLQuantizationType], Path]:
+        """Return safetensors files with the packed rows of tensors as types, each made once."""
+        names = {
+            (name, qtype): f"encoded/{file_name(name)}-{qtype.name}.safetensors"
+            for name, qtype in pairs
+        }
+        about = {pair: {**self.ground.about, "type": pair[1].name} for pair in pairs}
+        missing = [pair for pair in pairs if not self.work.has(names[pair], about[pair])]
+        tasks = [self._encoding(name, qtype) for name, qtype in missing]
+        for number, packed in self.executor.each(_encode, tasks):
+            name, qtype = missing[number]
+            arrays = {name: packed}
+            self.work.artefact(
+                names[name, qtype],
+                about[name, qtype],
+                lambda out, arrays=arrays: save_arrays(arrays, out),  # type: ignore[misc]
             )
-        with safe_open(self._encoded[name, qtype], framework="numpy") as part:
-            return decode(part.get_tensor(name), qtype, n_threads=self.ground.n_threads)
+        return {pair: self.work.path / name for pair, name in names.items()}
 
-    def _packed(self, name: str, qtype: GGMLQuantizationType) -> Packed:
+    def _encoding(self, name: str, qtype: GGMLQuantizationType) -> "_Encoding":
         hessian = self.hessians().get(name) if self.quantizer.uses_hessian else None
-        weight = self.file.read_float(name)
-        inputs = self.inputs(name, hessian)
-        n_threads = self.ground.n_threads
-        return self.quantizer.quantize(name, weight, qtype, inputs, n_threads=n_threads).packed
+        return _Encoding(
+            self.executor.portable(self.file, [name]),
+            name,
+            qtype,
+            self.quantizer,
+            self.inputs(name, hessian),
+            self.ground.n_threads,
+        )
 
     def __exit__(self, *_error: object) -> None:
-        if self._model is not None:
-            self._model.close()
-            self._model = None
+        _close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoding:
+    """One tensor to be quantized as one type."""
+
+    file: GgufFile
+    name: str
+    qtype: GGMLQuantizationType
+    quantizer: Quantizer
+    inputs: Inputs
+    n_threads: int | None
+
+
+def _encode(task: _Encoding) -> Packed:
+    weight = task.file.read_float(task.name)
+    return task.quantizer.quantize(
+        task.name, weight, task.qtype, task.inputs, n_threads=task.n_threads
+    ).packed
+
+
+@dataclass(frozen=True, eq=False)
+class _Judging:
+    """Types to be measured in the model that a process has loaded.
+
+    Attributes
+    ----------
+    path, base : the float32 model, and its logits
+    names : of the tensors that may change
+    encoded : tensor name to its type and the file with its packed rows
+    """
+
+    path: Path
+    base: Path
+    names: tuple[str, ...]
+    encoded: Mapping[str, tuple[GGMLQuantizationType, Path]]
+    n_chunks: int | None
+    n_threads: int | None
+
+
+_loaded: dict[tuple[Path, Path], PatchedModel] = {}  # of this process: at most one
+
+
+def _judge(task: _Judging) -> Joint:
+    key = (task.path, task.base)
+    if key not in _loaded:
+        _close()
+        _loaded[key] = PatchedModel(*key, task.names, n_threads=task.n_threads)
+
+    def values(name: str) -> FloatArray:
+        qtype, path = task.encoded[name]
+        with safe_open(path, framework="numpy") as part:
+            return decode(part.get_tensor(name), qtype, n_threads=task.n_threads)
+
+    model = _loaded[key]
+    model.put(
+        {
+            name: (qtype, lambda name=name: values(name))  # type: ignore[misc]
+            for name, (qtype, _) in task.encoded.items()
+        }
+    )
+    kld, ln_ratio = model.judge(task.n_chunks)
+    return Joint(max(0.0, kld.value), kld.error, math.exp(ln_ratio.value))
+
+
+def _close() -> None:
+    """Free the model of this process."""
+    while _loaded:
+        _loaded.popitem()[1].close()

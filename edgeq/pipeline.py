@@ -17,9 +17,12 @@ from converters.imatrix_file import Imatrix, check_matches, read_imatrix, write_
 from edgeq import allocation, grids, provenance
 from edgeq.allocation import Plan, Planned, make_allocator
 from edgeq.calibration import collect
+from edgeq.cluster import Cluster
 from edgeq.console import Steps
 from edgeq.costing import default_types, parse_types
 from edgeq.errors import RecipeError
+from edgeq.execution import Executor, Here, Processes
+from edgeq.layer_rounding import Importances
 from edgeq.measuring import Ground, Measurer
 from edgeq.modelfile import check_modelfile, write_modelfile
 from edgeq.opening import (
@@ -37,7 +40,7 @@ from edgeq.opening import (
 from edgeq.planning import Planner
 from edgeq.provenance import Seen
 from edgeq.proving import prove
-from edgeq.quantization import Importances, Quantized
+from edgeq.quantization import Quantized
 from edgeq.quantizers import Quantizer, make_quantizer
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Measured, Report
@@ -61,12 +64,14 @@ def export(recipe: Recipe, steps: Steps) -> Report:
     quantizer = make_quantizer(recipe.method.quantizer)
     if recipe.plan is None:
         find_preset(recipe.preset)
-    with WorkDirectory(recipe.work_directory) as work:
+    with WorkDirectory(recipe.work_directory) as work, _executor(recipe, work) as executor:
         reference = _open(recipe, work, steps)
         _check_given(recipe, reference)
         seen = _observe(recipe, reference, quantizer, work, steps)
         told = provenance.check_judging_text(recipe, reference, seen.texts, seen.imatrix)
-        planned, rounding, layers = _quantized(recipe, reference, quantizer, seen, work, steps)
+        planned, rounding, layers = _quantized(
+            recipe, reference, quantizer, seen, work, executor, steps
+        )
         plan = layers.explained(planned.plan)
         made_by = provenance.describe(recipe, reference, seen.texts, planned, seen.weighed_by)
         name = str(recipe.imatrix or "imatrix.gguf")
@@ -74,7 +79,7 @@ def export(recipe: Recipe, steps: Steps) -> Report:
         paths = _write(recipe, reference, plan, layers, fields, steps)
         if recipe.modelfile:
             write_modelfile(recipe.out)
-        files = prove(recipe, reference, plan, seen, paths, work, steps)
+        files = prove(recipe, reference, plan, seen, paths, work, executor, steps)
         notes = grids.notes(reference.file, plan, layers.facts)
         notes += provenance.notes(plan, seen.imatrix, seen.texts, work)
         told = (*told, *planned.notes, *rounding.notes, *notes)
@@ -92,6 +97,7 @@ def _quantized(
     quantizer: Quantizer,
     seen: Seen,
     work: WorkDirectory,
+    executor: Executor,
     steps: Steps,
 ) -> tuple[Planned, Roundings, Quantized]:
     """Plan and quantize; where a divergence is asked for, until the file itself has it.
@@ -103,8 +109,8 @@ def _quantized(
     best: Planned | None = None
     for _ in range(_DIVERGENCE_TRIES):
         one = dataclasses.replace(recipe, target=target.scaled(strictness))
-        planned = _plan(one, reference, seen, work, steps)
-        rounding = _rounding(recipe, reference, planned, seen, work, steps)
+        planned = _plan(one, reference, seen, work, executor, steps)
+        rounding = _rounding(recipe, reference, planned, seen, work, executor, steps)
         layers = rounding.best(quantizer, seen.texts)
         if not target.is_divergence or seen.texts.tuning is None:
             return planned, rounding, layers
@@ -124,7 +130,7 @@ def _quantized(
         )
     if best.plan is not planned.plan:  # later tries have written their layers over its own
         best.plan.write(work.path / "plan.json")
-        rounding = _rounding(recipe, reference, best, seen, work, steps)
+        rounding = _rounding(recipe, reference, best, seen, work, executor, steps)
         layers = rounding.best(quantizer, seen.texts)
     return best, rounding, layers
 
@@ -135,11 +141,22 @@ def _rounding(
     planned: Planned,
     seen: Seen,
     work: WorkDirectory,
+    executor: Executor,
     steps: Steps,
 ) -> Roundings:
     return Roundings(
-        recipe, reference, planned.plan, seen.importances, seen.weighed_by, work, steps
+        recipe, reference, planned.plan, seen.importances, seen.weighed_by, work, executor, steps
     )
+
+
+def _executor(recipe: Recipe, work: WorkDirectory) -> Executor:
+    """Return where the recipe lets tasks run."""
+    shared = work.path / "shared"
+    if recipe.cluster is not None:
+        return Cluster(recipe.cluster, shared, recipe.cluster_data)
+    if recipe.jobs > 1:
+        return Processes(recipe.jobs, shared, recipe.n_threads)
+    return Here()
 
 
 def export_sizes(recipe: Recipe, sizes: Sequence[int], steps: Steps) -> Measured:
@@ -177,13 +194,13 @@ def plan(recipe: Recipe, steps: Steps) -> Planned:
         Whatever the user can mend.
     """
     quantizer = make_quantizer(recipe.method.quantizer)
-    with WorkDirectory(recipe.work_directory) as work:
+    with WorkDirectory(recipe.work_directory) as work, _executor(recipe, work) as executor:
         reference = _open(recipe, work, steps)
         if not recipe.target.is_set:
             has_imatrix = recipe.use_imatrix
             return Planned(_planned(recipe, reference, has_imatrix=has_imatrix))
         seen = _observe(recipe, reference, quantizer, work, steps)
-        return _plan(recipe, reference, seen, work, steps)
+        return _plan(recipe, reference, seen, work, executor, steps)
 
 
 def _observe(
@@ -323,7 +340,12 @@ def importances_of(imatrix: Imatrix | None, file: GgufFile) -> Importances | Non
 
 
 def _plan(
-    recipe: Recipe, reference: Reference, seen: Seen, work: WorkDirectory, steps: Steps
+    recipe: Recipe,
+    reference: Reference,
+    seen: Seen,
+    work: WorkDirectory,
+    executor: Executor,
+    steps: Steps,
 ) -> Planned:
     """Read the plan that was given, or let the preset or an allocator decide; ``plan.json``."""
     if recipe.target.is_set:
@@ -338,7 +360,7 @@ def _plan(
             recipe.texts.seed,
             recipe.n_threads,
         )
-        with Measurer(ground, work, steps) as measurer:
+        with Measurer(ground, work, executor, steps) as measurer:
             planner = Planner(measurer, recipe.costs, recipe.allocator, recipe.speeds)
             found = planner.plan(recipe.target)
     else:

@@ -4,7 +4,9 @@ Also the text that a file is judged on, and that its calibration has not seen it
 """
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from converters.gguf_file import open_gguf
@@ -13,9 +15,11 @@ from edgeq.allocation import Plan
 from edgeq.console import Progress, Steps
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
+from edgeq.evaluation.chunks import sequences_at_once
+from edgeq.execution import Executor
+from edgeq.layer_rounding import Importances
 from edgeq.opening import Reference, UsedText
 from edgeq.provenance import Seen
-from edgeq.quantization import Importances
 from edgeq.recipe import Recipe
 from edgeq.results import FileResult
 from edgeq.runtime.model import Model, Tokens
@@ -31,6 +35,7 @@ def prove(
     seen: Seen,
     paths: Sequence[Path],
     work: WorkDirectory,
+    executor: Executor,
     steps: Steps,
 ) -> tuple[FileResult, ...]:
     """Measure the output, and with ``--baseline`` llama.cpp's own file of the same types."""
@@ -51,7 +56,7 @@ def prove(
     text = seen.texts.evaluation
     if not recipe.prove or text is None:
         return tuple(_unmeasured(label, path) for label, path in files.items())
-    return _measure(files, reference, text, work, steps, recipe.n_threads)
+    return _measure(files, reference, text, work, executor, steps, recipe.n_threads)
 
 
 def _baseline(
@@ -76,6 +81,7 @@ def _measure(
     reference: Reference,
     text: UsedText,
     work: WorkDirectory,
+    executor: Executor,
     steps: Steps,
     n_threads: int | None,
 ) -> tuple[FileResult, ...]:
@@ -85,14 +91,7 @@ def _measure(
         with steps.step("evaluate") as progress:
 
             def judge(out: Path, path: Path = path, progress: Progress = progress) -> None:
-                found = evaluate(
-                    path,
-                    text.rows,
-                    reference.path,
-                    n_ctx=text.rows.shape[1],
-                    n_threads=n_threads,
-                    progress=progress,
-                )
+                found = _evaluated(path, text.rows, reference.path, executor, n_threads, progress)
                 out.write_text(json.dumps(found.to_json()))
 
             stored = work.artefact(
@@ -116,6 +115,49 @@ def _measure(
     path = reference.path
     rows.append(FileResult("float reference", path, *size_of(path), None, speeds[-1], "reference"))
     return tuple(rows)
+
+
+def _evaluated(
+    path: Path,
+    rows: Tokens,
+    reference: Path,
+    executor: Executor,
+    n_threads: int | None,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate as ``evaluate`` does; where there are workers, each takes some of the chunks.
+
+    A worker's chunks are whole batches of llama.cpp's, so that every number is the same.
+    """
+    n_chunks, n_ctx = rows.shape
+    if executor.n_workers == 1 or not executor.has_files:
+        return evaluate(path, rows, reference, n_ctx=n_ctx, n_threads=n_threads, progress=progress)
+    batch = sequences_at_once(n_ctx)
+    step = batch * math.ceil(n_chunks / (batch * executor.n_workers))
+    parts = [
+        _Evaluating(path, rows[first : first + step], reference, n_threads)
+        for first in range(0, n_chunks, step)
+    ]
+    done = []
+    for number, part in executor.each(_evaluate_part, parts):
+        done.append((number, part))
+        progress(len(done), len(parts))
+    return Evaluation.joined([part for _, part in sorted(done, key=lambda one: one[0])])
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluating:
+    """Some chunks of a text, (n_chunks, n_ctx) int32, on which a file is to be judged."""
+
+    path: Path
+    rows: Tokens
+    reference: Path
+    n_threads: int | None
+
+
+def _evaluate_part(task: _Evaluating) -> Evaluation:
+    n_ctx = task.rows.shape[1]
+    return evaluate(task.path, task.rows, task.reference, n_ctx=n_ctx, n_threads=task.n_threads)
 
 
 def _maker(label: str) -> str:

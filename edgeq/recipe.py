@@ -200,6 +200,9 @@ class Recipe:
     texts : what calibrates and what judges
     work : directory of intermediate artefacts; default beside `out`
     n_threads : None: every CPU
+    jobs : processes of this machine that share the work; the bytes are the same
+    cluster : address of a dask scheduler whose workers share the work; None: this machine
+    cluster_data : what a task takes along, ``files`` or ``arrays``, see ``edgeq.cluster``
     split_max_bytes : write parts of at most so many bytes
     allow_requantize : accept a quantized GGUF as the reference
     allow_pickle : accept ``pytorch_model*.bin``, loaded with ``weights_only=True``
@@ -231,6 +234,9 @@ class Recipe:
     texts: TextChoice = TextChoice()
     work: Path | None = None
     n_threads: int | None = None
+    jobs: int = 1
+    cluster: str | None = None
+    cluster_data: str = "files"
     split_max_bytes: int | None = None
     allow_requantize: bool = False
     allow_pickle: bool = False
@@ -253,6 +259,10 @@ class Recipe:
         for flag, strength in (("--fisher", self.fisher), ("--asymmetric", self.asymmetric)):
             if strength is not None and not 0 <= strength <= 1:
                 raise RecipeError(f"{flag}: got {strength}, expected 0 to 1.")
+        if self.jobs < 1:
+            raise RecipeError(f"--jobs: got {self.jobs}, expected 1 or more.")
+        if self.jobs > 1 and self.cluster is not None:
+            raise RecipeError("--jobs, --cluster: a cluster's workers are its own. Give one.")
         if self.tune_steps is not None and self.tune_steps < 0:
             raise RecipeError(f"--tune: got {self.tune_steps} steps, expected 0 or more.")
         if self.tune_steps and not self.use_imatrix:
@@ -314,7 +324,8 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """Return what shapes the bytes of the output, for its provenance."""
         # prove is not among them: it decides whether a part of the text is held out
-        placing = ("out", "work", "n_threads", "baseline", "allow_pickle", "modelfile", "label")
+        placing = {"out", "work", "n_threads", "jobs", "cluster", "cluster_data"}
+        placing |= {"baseline", "allow_pickle", "modelfile", "label"}
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in placing}
         fields["model"] = self.label or self.model
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}

@@ -20,8 +20,10 @@ from edgeq.calibration.moments import LayerwiseMoments, MomentsSource, StoredMom
 from edgeq.console import Steps
 from edgeq.errors import CalibrationError
 from edgeq.evaluation import Summary, evaluate, store_reference
+from edgeq.execution import Executor
+from edgeq.layer_rounding import Importances, Rules
 from edgeq.opening import Reference, Texts, UsedText
-from edgeq.quantization import Importances, Quantized, Rules, layers_of, quantize_layers
+from edgeq.quantization import Quantized, layers_of, quantize_layers
 from edgeq.quantizers import QUANTIZERS, Quantizer, make_quantizer
 from edgeq.recipe import Recipe
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
@@ -50,6 +52,7 @@ class Roundings:
         importances: Importances | None,
         weighed_by: str | None,
         work: WorkDirectory,
+        executor: Executor,
         steps: Steps,
     ) -> None:
         self.recipe = recipe
@@ -58,6 +61,7 @@ class Roundings:
         self.importances = importances
         self.weighed_by = weighed_by
         self.work = work
+        self.executor = executor
         self.steps = steps
         self.notes: list[str] = []
         self.verification: dict[str, float] = {}
@@ -147,6 +151,7 @@ class Roundings:
                 made_by,
                 directory,
                 self.work,
+                self.executor,
                 progress,
             )
 

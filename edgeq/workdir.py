@@ -175,6 +175,11 @@ class WorkDirectory:
         self.made.append(name)
         return path
 
+    def has(self, name: str, inputs: Inputs) -> bool:
+        """Whether ``artefact`` would find a fitting file."""
+        path = self.path / name
+        return self._fits(path, path.with_name(path.name + ".made.json"), inputs)
+
     def _fits(self, path: Path, record: Path, inputs: Inputs) -> bool:
         try:
             known = json.loads(record.read_text())

@@ -17,6 +17,7 @@ from edgeq.console import Steps
 from edgeq.costing import TYPES, make_costs, parse_types
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.evaluation import evaluate
+from edgeq.execution import Here
 from edgeq.measuring import Ground, Measurer
 from edgeq.opening import prepare_texts, values_sha256
 from edgeq.planning import Planner
@@ -60,7 +61,7 @@ def measurer(tiny, texts, tmp_path_factory):
             found.tuning,
             TYPES,
         )
-        with Measurer(ground, work, steps) as made:
+        with Measurer(ground, work, Here(), steps) as made:
             yield made
 
 

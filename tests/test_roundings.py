@@ -18,8 +18,10 @@ from edgeq.calibration import collect
 from edgeq.calibration.moments import StoredMoments
 from edgeq.errors import CalibrationError
 from edgeq.evaluation import evaluate
+from edgeq.execution import Here
+from edgeq.layer_rounding import Rules, corrected
 from edgeq.opening import Reference
-from edgeq.quantization import Rules, corrected, quantize_layers
+from edgeq.quantization import quantize_layers
 from edgeq.quantizers import Rounded
 from edgeq.quantizers.rtn import RoundToNearest
 from edgeq.runtime.encoders import decode
@@ -397,7 +399,7 @@ def test_what_a_folded_layer_stands_for_is_the_float_layer(tiny, tmp_path):
     plan = allocate(file, "Q8_0", has_imatrix=False)
     rules = Rules(RoundToNearest(), ("balance",), n_threads=1)
     with WorkDirectory(tmp_path / "work") as work:
-        arguments = (None, moments, {}, "layers", work, lambda *_: None)
+        arguments = (None, moments, {}, "layers", work, Here(), lambda *_: None)
         found = quantize_layers(rules, Reference(file, ""), plan, *arguments)
     assert {fold["method"] for fold in found.folds.values()} == {"balance"}
     matrices = {name for name in plan.types if plan.types[name].name == "Q8_0"}

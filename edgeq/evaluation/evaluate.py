@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +89,19 @@ class Evaluation:
             next_tokens=self.next_tokens,
             kld_bound=self.kld_bound,
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return one evaluation of several of the same file, on chunks that follow each other."""
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in (*_ARRAYS, "chunks")
+            if all(getattr(part, name) is not None for part in parts)
+        }
+        if "chunks" in arrays:
+            arrays["tokens_sha256"] = chunking.digest(arrays["chunks"])
+        elapsed_s = sum(part.elapsed_s for part in parts)
+        return dataclasses.replace(parts[0], elapsed_s=elapsed_s, **arrays)
 
     def to_json(self, *, tokens: bool = True) -> dict[str, Any]:
         """Return JSON-ready values: the figures and, with `tokens`, all arrays losslessly.

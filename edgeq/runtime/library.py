@@ -8,8 +8,11 @@ ggml itself made, so that another build gives one clear error instead of wrong n
 import contextlib
 import ctypes
 import functools
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +22,14 @@ GGML_MAX_DIMS = 4
 GGML_MAX_SRC = 10
 GGML_MAX_OP_PARAMS = 64
 GGML_MAX_NAME = 64
+_PROBE = """
+import numpy, edgeq.runtime.library as library
+library._check_tiles = lambda loaded: None
+from gguf.constants import GGMLQuantizationType
+from edgeq.runtime.products import RuntimeProduct
+with RuntimeProduct(numpy.zeros((32, 144), "u1"), GGMLQuantizationType.Q4_0, 256, 32) as product:
+    product(numpy.zeros((32, 256)))
+"""
 
 
 class GgmlTensor(ctypes.Structure):
@@ -113,7 +124,8 @@ def load() -> Library:
     Raises
     ------
     RuntimeLibraryError
-        The package is missing, or its ``ggml_tensor`` has another layout than the pinned version.
+        The package is missing, its ``ggml_tensor`` has another layout than the pinned version, or
+        its code for this CPU's matrix tiles ends the process.
     """
     try:
         import llama_cpp
@@ -127,6 +139,7 @@ def load() -> Library:
     library = Library(llama_cpp, ggml)
     _declare(ggml)
     _check_layout(ggml, llama_cpp.__version__)
+    _check_tiles(library)
     return library
 
 
@@ -191,4 +204,29 @@ def _check_layout(ggml: Any, version: str) -> None:
         raise RuntimeLibraryError(
             f"llama-cpp-python {version}: struct ggml_tensor has another layout than edgeq reads "
             "(that of 0.3.36). Install it with: pip install llama-cpp-python==0.3.36"
+        )
+
+
+def _check_tiles(library: Library) -> None:
+    """Try ggml's code for AMX, where it is compiled in, in a process that may die of it.
+
+    GCC before 13.3 takes the stores of the tiles' configuration for dead ones, and what then loads
+    a tile is an illegal instruction.
+
+    References
+    ----------
+    https://github.com/ggml-org/llama.cpp/pull/26954
+    """
+    with contextlib.suppress(OSError):
+        if "amx_tile" not in Path("/proc/cpuinfo").read_text():
+            return
+    if b"AMX_INT8 = 1" not in library.llama.llama_print_system_info():
+        return
+    tried = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, check=False)
+    if tried.returncode < 0:
+        raise RuntimeLibraryError(
+            f"llama-cpp-python: its AMX code ends the process (signal {-tried.returncode}); a "
+            "compiler before GCC 13.3 made it. Build it without: CMAKE_ARGS='-DGGML_NATIVE=OFF "
+            "-DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON' pip install "
+            "--force-reinstall --no-deps --no-cache-dir llama-cpp-python==0.3.36"
         )
