@@ -321,6 +321,8 @@ def thinned(weight: FloatArray, n_rows: int) -> FloatArray:
 def _by_matrix(hessian: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """Return second moments, (n_mat, n_in, n_in), of what has them for groups of its rows."""
     n_mat = 1 if len(shape) == 2 else shape[0]
+    if len(hessian) == n_mat:
+        return hessian
     means: FloatArray = hessian.reshape(n_mat, -1, *hessian.shape[1:]).mean(axis=1)
     return means
 

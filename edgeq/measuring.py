@@ -7,7 +7,7 @@ interrupted search goes on where it was.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from edgeq import provenance
 from edgeq.calibration import collect
 from edgeq.console import Progress, Steps
 from edgeq.errors import RecipeError
-from edgeq.evaluation import store_reference
+from edgeq.evaluation import evaluate, store_reference
 from edgeq.evaluation.patched import PatchedModel
 from edgeq.execution import Executor, Here
 from edgeq.layer_rounding import Importances
@@ -31,6 +31,7 @@ from edgeq.runtime.encoders import FloatArray, Packed, decode
 from edgeq.runtime.presets import quantizable_tensors
 from edgeq.workdir import WorkDirectory, file_name, save_arrays
 
+_PATCHABLE = 5e8  # weights of a model that is changed in memory, as float32: 2 GB
 _LOSS_CHUNKS = 4  # of text for second moments that only judge: nothing is fitted to them
 Types = Mapping[str, GGMLQuantizationType]
 
@@ -107,7 +108,6 @@ class Measurer(AbstractContextManager["Measurer", None]):
         quantizable = quantizable_tensors(ground.reference.path)
         self.names = tuple(name for name in self.file.tensors if name in quantizable)
         self.quantizer = make_quantizer(ground.quantizer)
-        self._model: tuple[Path, Path] | None = None
         self._hessians: dict[str, FloatArray] | None = None
 
     def joint(self, types: Types, n_chunks: int | None = None) -> Joint:
@@ -136,9 +136,8 @@ class Measurer(AbstractContextManager["Measurer", None]):
             for name, types in asked.items()
         }
         missing = [name for name in asked if not self.work.has(name, about[name])]
-        tasks = self._tasks([asked[name] for name in missing], n_chunks)
         done = len(asked) - len(missing)
-        for number, joint in self.executor.each(_judge, tasks):
+        for number, joint in self._measured([asked[name] for name in missing], n_chunks):
             text = json.dumps(vars(joint))
             name = missing[number]
             self.work.artefact(name, about[name], lambda out, text=text: out.write_text(text))  # type: ignore[misc]
@@ -200,13 +199,21 @@ class Measurer(AbstractContextManager["Measurer", None]):
         out = self.work.path / "nearest.gguf"
         return write_gguf(out, file.fields, [source(name) for name in file.tensors])[0]
 
-    def _tasks(self, choices: Sequence[Types], n_chunks: int | None) -> list["_Judging"]:
+    def _measured(
+        self, choices: Sequence[Types], n_chunks: int | None
+    ) -> Iterator[tuple[int, Joint]]:
+        """Yield number and result of every choice: in a loaded model, of a large one as a file."""
         if not choices:
-            return []
-        path, base = self._opened()
+            return
         pairs = dict.fromkeys(pair for types in choices for pair in types.items())
         encoded = self._encoded_as(list(pairs))
-        return [
+        if self.file.n_parameters > _PATCHABLE:
+            for number, types in enumerate(choices):
+                yield number, self._joint_of_file(types, encoded, n_chunks)
+            return
+        path = self._float32()
+        base = self._base(path)
+        tasks = [
             _Judging(
                 path,
                 base,
@@ -217,35 +224,61 @@ class Measurer(AbstractContextManager["Measurer", None]):
             )
             for types in choices
         ]
+        yield from self.executor.each(_judge, tasks)
 
-    def _opened(self) -> tuple[Path, Path]:
-        """Return the float32 model and its logits on the tuning text."""
-        if self._model is None:
-            ground = self.ground
-            if ground.tuning is None:
-                raise RecipeError("there is no tuning text to measure on. Give --text.")
-            rows = ground.tuning.rows
-            path = self._float32()
-            with self.steps.step("tuning logits") as progress:
-                base = self.work.artefact(
-                    "tuning.base",
-                    {
-                        "reference": ground.reference.sha256,
-                        "text": ground.tuning.manifest.sha256,
-                        "versions": provenance.versions(),
-                    },
-                    lambda out: store_reference(
-                        path,
-                        rows,
-                        out,
-                        kind="base",
-                        n_ctx=rows.shape[1],
-                        n_threads=ground.n_threads,
-                        progress=progress,
-                    ),
-                )
-            self._model = (path, base)
-        return self._model
+    def _joint_of_file(
+        self,
+        types: Types,
+        encoded: Mapping[tuple[str, GGMLQuantizationType], Path],
+        n_chunks: int | None,
+    ) -> Joint:
+        """Return what a file of these types does: nothing of the model has to fit into memory."""
+
+        def load(name: str) -> Packed:
+            if name not in types:
+                return self.file.read_bytes(name)
+            with safe_open(encoded[name, types[name]], framework="numpy") as part:
+                packed: Packed = part.get_tensor(name)
+            return packed
+
+        def source(name: str) -> TensorSource:
+            info = self.file.tensors[name]
+            return TensorSource(name, types.get(name, info.qtype), info.shape, lambda: load(name))
+
+        base = self._base(self.ground.reference.path)
+        out = self.work.path / "joint.gguf"
+        try:
+            (path,) = write_gguf(out, self.file.fields, [source(n) for n in self.file.tensors])
+            found = evaluate(path, None, base, chunks=n_chunks, n_threads=self.ground.n_threads)
+        finally:
+            out.unlink(missing_ok=True)
+        kld, ratio = found.summary.kld, found.summary.ppl_ratio
+        return Joint(max(0.0, kld.value), kld.error, ratio.value)
+
+    def _base(self, path: Path) -> Path:
+        """Return the float model's logits on the tuning text."""
+        ground = self.ground
+        if ground.tuning is None:
+            raise RecipeError("there is no tuning text to measure on. Give --text.")
+        rows = ground.tuning.rows
+        with self.steps.step("tuning logits") as progress:
+            return self.work.artefact(
+                "tuning.base",
+                {
+                    "reference": ground.reference.sha256,
+                    "text": ground.tuning.manifest.sha256,
+                    "versions": provenance.versions(),
+                },
+                lambda out: store_reference(
+                    path,
+                    rows,
+                    out,
+                    kind="base",
+                    n_ctx=rows.shape[1],
+                    n_threads=ground.n_threads,
+                    progress=progress,
+                ),
+            )
 
     def _float32(self) -> Path:
         """Return the reference with its matrices as F32: others cannot be replaced exactly."""

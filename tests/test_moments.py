@@ -270,3 +270,25 @@ def test_centred_moments_are_those_about_the_weighted_mean(model, is_weighted):
     for name in found:
         if "exps" in name:
             assert found[name].centred() is found[name]
+
+
+def test_nothing_depends_on_the_number_of_threads(path):
+    found = []
+    for n_threads in (1, 2, 3):
+        model = layerwise.LayerwiseModel.open(open_gguf(path), None, n_threads=n_threads)
+        weights = token_weights(model, TOKENS)
+        source = LayerwiseMoments(model, TOKENS, weights=weights, strength=0.5)
+        first = source.of_layer(0)
+        source.advance(0, dict)
+        second = source.of_layer(1)
+        found.append((weights, first, second))
+        assert torch.get_num_threads() == n_threads
+    torch.set_num_threads(1)
+    for weights, *layers in found[1:]:
+        for name, squares in found[0][0].items():
+            np.testing.assert_array_equal(weights[name], squares)
+        for layer, expected in zip(layers, found[0][1:], strict=True):
+            for name, one in expected.items():
+                np.testing.assert_array_equal(layer[name].hessian, one.hessian)
+                if one.mean is not None:
+                    np.testing.assert_array_equal(layer[name].mean, one.mean)

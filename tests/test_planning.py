@@ -9,7 +9,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import open_gguf
-from edgeq import costing, pipeline, planning
+from edgeq import costing, measuring, pipeline, planning
 from edgeq.allocation import Budget, Problem, read_plan
 from edgeq.allocation.costs import read_costs, write_costs
 from edgeq.allocation.knapsack import Knapsack
@@ -100,6 +100,18 @@ def test_what_is_not_replaced_any_more_is_itself_again(measurer):
     measurer.work.path.joinpath("measured").rename(measurer.work.path / "forgotten")
     assert measurer.joint({}) == nothing
     assert nothing.kld < 1e-5
+
+
+def test_a_large_model_is_measured_as_a_file(measurer, monkeypatch):
+    types = {NAME: _T.Q4_1, "blk.1.attn_q.weight": _T.Q5_0}
+    patched = measurer.joint(types)
+    monkeypatch.setattr(measuring, "_PATCHABLE", 0)
+    monkeypatch.setattr(measurer, "_name_of", lambda *_: "measured/again.json")
+    of_file = measurer.joint(types)
+    assert of_file != patched  # llama.cpp rounds the inputs of a file's weights to 8 bits
+    assert of_file.kld == pytest.approx(patched.kld, rel=0.05)
+    assert of_file.ppl_ratio == pytest.approx(patched.ppl_ratio, rel=1e-2)
+    assert not list(measurer.work.path.glob("*joint.gguf*"))
 
 
 def test_a_measurement_is_made_once(measurer):

@@ -14,7 +14,7 @@ from edgeq.calibration.collector import free_bytes
 from edgeq.runtime.model import Tokens
 
 if TYPE_CHECKING:
-    from edgeq.layerwise import LayerwiseModel, Product
+    from edgeq.layerwise import Layer, LayerwiseModel, Product
 
 FloatArray = npt.NDArray[np.float32]
 TokenWeights = dict[str, FloatArray]
@@ -85,34 +85,50 @@ def _batch(
     found: TokenWeights,
     step: Callable[[], None],
 ) -> None:
-    from edgeq.layerwise import fast_dtype
+    from edgeq.layerwise import fast_dtype, one_thread_each
 
     states: list[list[Any]] = [list(model.embed(tokens[chunks.start : chunks.stop]))]
-    for number in range(model.n_layers):
-        layer = model.load(number)
-        states.append([layer.run(hidden) for hidden in states[-1]])
-        step()
-    gradients = [
-        model.head_gradient(hidden, seed + chunk)
-        for chunk, hidden in zip(chunks, states.pop(), strict=True)
-    ]
-    for number in reversed(range(model.n_layers)):
-        layer = model.load(number)
-        entering = states.pop()
-        for at, chunk in enumerate(chunks):
+    dtype = fast_dtype()
+    with one_thread_each() as on_each:
+        for number in range(model.n_layers):
+            layer = model.load(number)
+            states.append(list(on_each(layer.run, states[-1])))
+            step()
+        pairs = list(zip(chunks, states.pop(), strict=True))
+        gradients = list(on_each(lambda one: model.head_gradient(one[1], seed + one[0]), pairs))
+        for number in reversed(range(model.n_layers)):
+            layer = model.load(number)
+            entering = states.pop()
 
-            def add(product: "Product", chunk: int = chunk) -> None:
-                if product.gradient is None:
-                    return
-                n_rows, n_out = product.gradient.shape
-                is_plain = len(model.reference.tensors[product.name].shape) == 2
-                n = n_groups if is_plain and n_out % n_groups == 0 else 1
-                sums = found.setdefault(product.name, np.zeros((n, *tokens.shape), np.float32))
-                squares = np.square(product.gradient).reshape(n_rows, n, -1).mean(axis=2)
-                for group in range(n):
-                    np.add.at(sums[group, chunk], product.positions, squares[:, group])
+            leaving = list(zip(chunks, entering, gradients, strict=True))
 
-            gradients[at] = layer.backward(
-                entering[at], gradients[at], add, compute_dtype=fast_dtype()
-            )
-        step()
+            def back(one: tuple[int, Any, Any], layer: "Layer" = layer) -> Any:
+                chunk, hidden, gradient = one
+
+                def add(product: "Product") -> None:
+                    _add_squares(found, model, product, chunk, tokens.shape, n_groups)
+
+                return layer.backward(hidden, gradient, add, compute_dtype=dtype)
+
+            gradients = list(on_each(back, leaving))
+            step()
+
+
+def _add_squares(
+    found: TokenWeights,
+    model: "LayerwiseModel",
+    product: "Product",
+    chunk: int,
+    shape: tuple[int, ...],
+    n_groups: int,
+) -> None:
+    """Add one product's squared gradients to a chunk's, `shape` being (n_chunks, n_tokens)."""
+    if product.gradient is None:
+        return
+    n_rows, n_out = product.gradient.shape
+    is_plain = len(model.reference.tensors[product.name].shape) == 2
+    n = n_groups if is_plain and n_out % n_groups == 0 else 1
+    sums = found.setdefault(product.name, np.zeros((n, *shape), np.float32))
+    squares = np.square(product.gradient).reshape(n_rows, n, -1).mean(axis=2)
+    for group in range(n):
+        np.add.at(sums[group, chunk], product.positions, squares[:, group])

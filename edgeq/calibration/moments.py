@@ -18,11 +18,13 @@ from edgeq.runtime.model import Tokens
 
 if TYPE_CHECKING:
     from edgeq.layerwise import Layer, LayerwiseModel, Product
+    from edgeq.layerwise.concurrent import OnEach
 
 # Of a chunk's typical energy, what one token may bring: the activations of the first token are
 # massive and always alike. It must not be left out: all others attend to it, see DECISIONS.md 38.
 _MOST_ENERGY = 0.1
 _TINY = np.float32(1e-30)
+_COLUMNS = 256  # of a product, by one thread
 
 Replaced = Mapping[str, FloatArray]
 """Tensor name to the float weights that the quantized tensor stands for."""
@@ -133,18 +135,23 @@ class LayerwiseMoments:
         while self._at < number:
             self._pass(self._at)
             self._at += 1
+        from edgeq.layerwise import one_thread_each
+
         layer = self._model.load(number)
         sums: dict[str, _Sums] = {}
         leaving: list[FloatArray] = []
-        for chunk, hidden in enumerate(self._hidden):
+
+        def run(chunk: int) -> "tuple[FloatArray, list[Product], _Inputs]":
+            seen: list[Product] = []
             exact = self._float_inputs(layer, chunk)
+            return layer.run(self._hidden[chunk], seen.append), seen, exact
 
-            def add(product: "Product", chunk: int = chunk, exact: _Inputs = exact) -> None:
-                self._add(sums, product, chunk, exact)
-
-            out = layer.run(hidden, add)
-            if not self.is_sequential:  # all stays the float model's: one pass is enough
-                leaving.append(out)
+        with one_thread_each() as on_each:  # and added up in the order of the chunks
+            for chunk, (out, seen, exact) in enumerate(on_each(run, range(len(self._hidden)))):
+                for product in seen:
+                    self._add(sums, product, chunk, exact, on_each)
+                if not self.is_sequential:  # all stays the float model's: one pass is enough
+                    leaving.append(out)
         if leaving:
             self._hidden, self._at = leaving, number + 1
         made = {one: one.moments() for one in dict.fromkeys(sums.values())}
@@ -166,13 +173,16 @@ class LayerwiseMoments:
 
     def _pass(self, number: int) -> None:
         """Let all chunks through a layer that is done."""
+        from edgeq.layerwise import one_thread_each
+
         replaced = self._done.pop(number, dict)
         layer: Layer
-        if self._float is not None:
-            layer = self._model.load(number)
-            self._float = [layer.run(hidden) for hidden in self._float]
-        layer = self._model.load(number, replaced() if self.is_sequential else None)
-        self._hidden = [layer.run(hidden) for hidden in self._hidden]
+        with one_thread_each() as on_each:
+            if self._float is not None:
+                layer = self._model.load(number)
+                self._float = list(on_each(layer.run, self._float))
+            layer = self._model.load(number, replaced() if self.is_sequential else None)
+            self._hidden = list(on_each(layer.run, self._hidden))
 
     def _add(
         self,
@@ -180,6 +190,7 @@ class LayerwiseMoments:
         product: "Product",
         chunk: int,
         exact: "_Inputs",
+        on_each: "OnEach",
     ) -> None:
         inputs, positions = product.inputs, product.positions
         weights = self._token_weights(product.name)
@@ -202,7 +213,8 @@ class LayerwiseMoments:
             w = np.ones(len(inputs), np.float32)
             if weights is not None:
                 w = weights[group, chunk, positions]
-            one.add(product.matrix + group, inputs, _without_outliers(inputs, w), float_inputs)
+            w = _without_outliers(inputs, w)
+            one.add(product.matrix + group, inputs, w, float_inputs, on_each)
 
     def _token_weights(self, name: str) -> FloatArray | None:
         """Return a weight's token weights with mean 1, (n_groups, n_chunks, n_tokens), if any."""
@@ -253,7 +265,12 @@ class _Sums:
         )
 
     def add(
-        self, matrix: int, inputs: FloatArray, weights: FloatArray, exact: FloatArray | None
+        self,
+        matrix: int,
+        inputs: FloatArray,
+        weights: FloatArray,
+        exact: FloatArray | None,
+        on_each: "OnEach",
     ) -> None:
         self.total[matrix] += weights @ inputs
         self.mass[matrix] += weights.sum()
@@ -261,14 +278,14 @@ class _Sums:
         exact = None if exact is None else exact * root
         inputs = inputs * root
         self.counts[matrix] += len(inputs)
-        _add_product(self.hessian[matrix], inputs, inputs)
+        _add_product(self.hessian[matrix], inputs, inputs, on_each)
         if exact is not None:
             if self.cross is None:
                 self.cross = np.zeros_like(self.hessian)
-            _add_product(self.cross[matrix], exact - inputs, inputs)
+            _add_product(self.cross[matrix], exact - inputs, inputs, on_each)
 
     def moments(self) -> Moments:
-        """Return the means; experts with few inputs are shrunk towards the mean of all.
+        """Return the means, in place of the sums; experts with few inputs are shrunk towards all.
 
         An expert of n inputs counts as n of n + n_in: below about n_in inputs its own second
         moments are singular.
@@ -276,19 +293,28 @@ class _Sums:
         n_in = self.hessian.shape[-1]
         counts = self.counts.astype(np.float32)[:, None, None]
         twice = (2 / np.maximum(counts, 1)).astype(np.float32)
-        cross = None if self.cross is None else self.cross * twice
+        cross = None if self.cross is None else np.multiply(self.cross, twice, out=self.cross)
         if self.is_plain:
             mean = (self.total / np.maximum(self.mass, _TINY)[:, None]).astype(np.float32)
             mass = (self.mass / np.maximum(self.counts, 1)).astype(np.float32)
-            return Moments(self.hessian * twice, cross, mean, mass)
+            return Moments(np.multiply(self.hessian, twice, out=self.hessian), cross, mean, mass)
         few = np.float32(n_in)
         pooled = self.hessian.sum(axis=0) * np.float32(2 / max(int(self.counts.sum()), 1))
-        shrunk: FloatArray = (2 * self.hessian + few * pooled) / (counts + few)
+        shrunk = np.multiply(self.hessian, 2, out=self.hessian)
+        shrunk += few * pooled
+        shrunk /= counts + few
         return Moments(shrunk, cross)
 
 
-def _add_product(total: FloatArray, left: FloatArray, right: FloatArray) -> None:
-    """Add leftᵀ right to `total` in place."""
+def _add_product(total: FloatArray, left: FloatArray, right: FloatArray, on_each: "OnEach") -> None:
+    """Add leftᵀ right to `total` in place, some columns at a time."""
     import torch
 
-    torch.from_numpy(total).addmm_(torch.from_numpy(left).T, torch.from_numpy(right))
+    sums, rows, columns = (torch.from_numpy(array) for array in (total, left, right))
+
+    def add(first: int) -> None:
+        some = slice(first, first + _COLUMNS)
+        sums[:, some].addmm_(rows.T, columns[:, some])
+
+    for _ in on_each(add, range(0, total.shape[1], _COLUMNS)):
+        pass

@@ -93,15 +93,15 @@ class Evaluation:
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Return one evaluation of several of the same file, on chunks that follow each other."""
-        arrays = {
+        changed: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in (*_ARRAYS, "chunks")
             if all(getattr(part, name) is not None for part in parts)
         }
-        if "chunks" in arrays:
-            arrays["tokens_sha256"] = chunking.digest(arrays["chunks"])
-        elapsed_s = sum(part.elapsed_s for part in parts)
-        return dataclasses.replace(parts[0], elapsed_s=elapsed_s, **arrays)
+        changed["elapsed_s"] = sum(part.elapsed_s for part in parts)
+        if "chunks" in changed:
+            changed["tokens_sha256"] = chunking.digest(changed["chunks"])
+        return dataclasses.replace(parts[0], **changed)
 
     def to_json(self, *, tokens: bool = True) -> dict[str, Any]:
         """Return JSON-ready values: the figures and, with `tokens`, all arrays losslessly.

@@ -19,7 +19,8 @@ except ImportError as error:
     ) from error
 
 from edgeq.layerwise.agreement import check_agrees
+from edgeq.layerwise.concurrent import one_thread_each
 from edgeq.layerwise.model import Layer, LayerwiseModel
 from edgeq.layerwise.products import Product, fast_dtype
 
-__all__ = ["Layer", "LayerwiseModel", "Product", "check_agrees", "fast_dtype"]
+__all__ = ["Layer", "LayerwiseModel", "Product", "check_agrees", "fast_dtype", "one_thread_each"]

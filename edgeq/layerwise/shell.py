@@ -8,6 +8,7 @@ the model does behind its layers is computed by the model itself.
 
 import copy
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Shell:
         self._calls: list[Call] = []
         self._n_tokens = 0
         self._entering: Any = None
-        self._leaving: Any = None
+        self._behind = threading.local()  # its `leaving`: what this thread hands to `behind`
         for layer, module in enumerate(self._layers):
             module.forward = functools.partial(self._stand_in, layer)
         self.vectors: list[Weight] = []
@@ -106,24 +107,24 @@ class Shell:
 
     def behind(self, hidden: Any) -> Any:
         """Return the logits, (n_tokens, n_vocab), of what leaves the last layer."""
-        calls = self._calls
-        self._leaving, self._calls = hidden[None], []
+        self._behind.leaving = hidden[None]
         try:
             tokens = torch.zeros((1, len(hidden)), dtype=torch.int64)
             return self._model(input_ids=tokens, use_cache=False).logits[0]
         finally:
-            self._leaving, self._calls = None, calls
+            self._behind.leaving = None
 
     def _stand_in(self, layer: int, *args: Any, **kwargs: Any) -> Any:
         if args:
             hidden, *rest = args
         else:
             hidden, rest = kwargs.pop("hidden_states"), []
+        leaving = getattr(self._behind, "leaving", None)
+        if leaving is not None:
+            return leaving if layer == len(self._layers) - 1 else hidden
         self._calls.append((tuple(rest), kwargs))
         if layer == 0:
             self._entering = hidden
-        if layer == len(self._layers) - 1 and self._leaving is not None:
-            return self._leaving
         return hidden
 
     def _fill_surroundings(self) -> Weight:

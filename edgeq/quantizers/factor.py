@@ -9,11 +9,11 @@ import numpy.typing as npt
 from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import FloatArray
 
-DoubleArray = npt.NDArray[np.float64]
 Order = npt.NDArray[np.intp]
 
 _GROWTH = 10.0  # of the damping, each time a factorization fails
 _MAX_DAMPENING = 1e3
+_ROWS = 256  # copied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +34,26 @@ class Factored:
     dampening_frac: float
 
 
-def shrink(hessian: FloatArray, shrinkage: float) -> DoubleArray:
-    """Return (1 − λ) H + λ diag(H): the correlations of text that calibration did not contain.
+def damped(hessian: FloatArray, shrinkage: float, dampening_frac: float) -> FloatArray:
+    """Return (1 − λ) H + λ diag(H) + δ mean(diag(H)) I, (n_in, n_in) float32.
+
+    Shrinking takes away what the correlations of other text than calibration's would not have.
 
     Parameters
     ----------
-    hessian : (n_in, n_in)
+    hessian : (n_in, n_in) float32
     shrinkage : λ, 0 to 1
+    dampening_frac : δ
 
     References
     ----------
     Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004;
     the strength and the target are measured, see DECISIONS.md.
     """
-    shrunk = (1.0 - shrinkage) * hessian.astype(np.float64)
-    diagonal = np.diagonal(hessian)
-    np.fill_diagonal(shrunk, diagonal)
-    return shrunk
+    out = hessian * np.float32(1.0 - shrinkage)
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    np.fill_diagonal(out, diagonal + dampening_frac * diagonal.mean())
+    return out
 
 
 def factor(
@@ -69,7 +72,7 @@ def factor(
     name : of the tensor, for errors
     hessian : (n_in, n_in) float32 with finite entries and a positive trace
     order : a name of ``ORDERS``
-    shrinkage : see ``shrink``
+    shrinkage : see ``damped``
     dampening_frac : added to the diagonal, as a fraction of its mean
     regroup : what to make of that order and the damped diagonal, such as ``feedback.batched``
 
@@ -78,18 +81,13 @@ def factor(
     CalibrationError
         No damping makes it positive definite: it is no matrix of second moments.
     """
-    shrunk = shrink(np.ascontiguousarray(hessian), shrinkage)
-    mean = float(np.diagonal(shrunk).mean())
     while dampening_frac <= _MAX_DAMPENING:
-        damped = shrunk.copy()
-        damped[np.diag_indices_from(damped)] += dampening_frac * mean
-        single = damped.astype(np.float32)  # what the loss is measured with is what is factored
-        damped = single.astype(np.float64)
-        columns = ORDERS[order](damped)
+        single = damped(hessian, shrinkage, dampening_frac)  # the loss is measured with the same
+        columns = ORDERS[order](single)
         if regroup is not None:
             columns = regroup(columns, np.diagonal(single))
         try:
-            upper = inverse_factor(damped[np.ix_(columns, columns)])
+            upper = inverse_factor(single, columns)
         except np.linalg.LinAlgError:
             dampening_frac = max(_GROWTH * dampening_frac, 1e-6)
             continue
@@ -100,25 +98,36 @@ def factor(
     )
 
 
-def inverse_factor(hessian: DoubleArray) -> FloatArray:
-    """Return the upper triangular U with Uᵀ U = H⁻¹, (n, n) float32.
+def inverse_factor(hessian: FloatArray, order: Order) -> FloatArray:
+    """Return the upper triangular U with Uᵀ U = H⁻¹, (n, n) float32, H taken in an order.
 
     From H = V Vᵀ with V upper triangular (Cholesky from the last column to the first) it is V⁻¹,
-    so H is never inverted.
+    so H is never inverted. One matrix of doubles is factored and inverted in place: of a wide layer
+    these are gigabytes.
 
     Raises
     ------
     numpy.linalg.LinAlgError
         H is not positive definite.
     """
-    from scipy.linalg import cholesky, solve_triangular
+    from scipy.linalg.lapack import dpotrf, dtrtri
 
-    lower = cholesky(hessian[::-1, ::-1], lower=True, check_finite=False)
-    backward = lower[::-1, ::-1]
-    inverse = solve_triangular(backward, np.eye(len(hessian)), check_finite=False)
-    if not np.isfinite(inverse).all():
+    n = len(order)
+    backward = order[::-1]
+    work = np.empty((n, n), np.float64, order="F")
+    for first in range(0, n, _ROWS):
+        work[:, first : first + _ROWS] = hessian[backward[first : first + _ROWS]][:, backward].T
+    lower, failed = dpotrf(work, lower=1, clean=1, overwrite_a=1)
+    if not failed:
+        lower, failed = dtrtri(lower, lower=1, overwrite_c=1)
+    if failed or not np.isfinite(np.diagonal(lower)).all():
+        raise np.linalg.LinAlgError("not positive definite")
+    upper = np.empty((n, n), np.float32)
+    for first in range(0, n, _ROWS):
+        upper[first : first + _ROWS] = lower[::-1][first : first + _ROWS, ::-1]
+    if not np.isfinite(upper).all():
         raise np.linalg.LinAlgError("overflow")
-    return np.ascontiguousarray(inverse, np.float32)
+    return upper
 
 
 def error_bound(upper: FloatArray, steps: FloatArray) -> float:
@@ -141,24 +150,25 @@ def error_bound(upper: FloatArray, steps: FloatArray) -> float:
     return float((np.square(steps, dtype=np.float64) / pivots).sum() / 8)
 
 
-def _natural(hessian: DoubleArray) -> Order:
+def _natural(hessian: FloatArray) -> Order:
     return np.arange(len(hessian))
 
 
-def _activation(hessian: DoubleArray) -> Order:
+def _activation(hessian: FloatArray) -> Order:
     return np.argsort(-np.diagonal(hessian), kind="stable")
 
 
-def _back_to_front(hessian: DoubleArray) -> Order:
+def _back_to_front(hessian: FloatArray) -> Order:
     return np.arange(len(hessian))[::-1]
 
 
-def _min_pivot(hessian: DoubleArray) -> Order:
+def _min_pivot(single: FloatArray) -> Order:
     """Choose from the last column to the first what has the least left to compensate.
 
     A Cholesky factorization, row by row, that takes the least pivot; where rounding leaves none,
     the rest of H is unchanged.
     """
+    hessian = single.astype(np.float64)
     n = len(hessian)
     left = np.diagonal(hessian).copy()  # of the Schur complement
     least = np.finfo(np.float64).eps * left
@@ -175,7 +185,7 @@ def _min_pivot(hessian: DoubleArray) -> Order:
     return chosen[::-1].copy()
 
 
-ORDERS: dict[str, Callable[[DoubleArray], Order]] = {
+ORDERS: dict[str, Callable[[FloatArray], Order]] = {
     "activation": _activation,
     "back-to-front": _back_to_front,
     "min-pivot": _min_pivot,
