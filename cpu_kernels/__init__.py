@@ -9,4 +9,6 @@ one decorator, and why its options are what they are.
 Products: ``isa`` chooses the CPU's instructions and ``simd`` writes them; ``tiles`` rearranges a
 weight, ``inputs`` rounds what it is multiplied by, ``products`` multiplies, ``attention`` attends;
 ``threads`` runs such operations one after the other on a few threads. ``bandwidth`` reads memory.
+``lookup_tiles`` and ``lookup`` are the other family of products, ``choice`` chooses between the two
+by timing; ``sherry`` is a format of 1.25 bits for it.
 """

@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -38,3 +39,8 @@ def kernel(*, parallel: bool = False, reorder: bool = False) -> Callable[[_Funct
         return compiled
 
     return compile_lazily
+
+
+def cache_folder(compiled: Any) -> Path:
+    """Return where numba keeps the code of a kernel, by its own rules (``NUMBA_CACHE_DIR``)."""
+    return Path(compiled.stats.cache_path)

@@ -30,6 +30,8 @@ from cpu_kernels.inputs import (
     scale_columns,
 )
 from cpu_kernels.isa import Isa, chosen
+from cpu_kernels.lookup import lookup_operation
+from cpu_kernels.lookup_tiles import LookupTiles
 from cpu_kernels.simd import (
     BYTES,
     F32,
@@ -56,6 +58,7 @@ from cpu_kernels.tiles import (
 )
 
 Floats = npt.NDArray[np.float32]
+Weight = Tiles | LookupTiles  # of the two families
 
 _IN_PLACE = 2  # activations for which sums of codes at other bits fit the registers
 
@@ -383,12 +386,12 @@ class Product:
         A count is below 1, or there are not so many CPUs.
     """
 
-    def __init__(self, tiles: Tiles, n: int = 1, n_threads: int = 1, *, repeats: int = 1) -> None:
+    def __init__(self, tiles: Weight, n: int = 1, n_threads: int = 1, *, repeats: int = 1) -> None:
         if n < 1:
             raise ValueError(f"product: got {n} activations, expected at least 1.")
         self.tiles, self.n = tiles, n
         self.inputs = np.zeros((n, tiles.n_in), np.float32)
-        self.outputs = np.zeros((n, tiles.n_tiles * ROWS), np.float32)
+        self.outputs = np.zeros((n, -(-tiles.n_out // ROWS) * ROWS), np.float32)
         self._scratch = np.zeros(256 * n_threads, np.int8)
         self._buffers: list[npt.NDArray[np.int8]] = []
         operations = [one for part in groups_of(n, chosen()) for one in self._operations(*part)]
@@ -425,26 +428,31 @@ class Product:
 
     def _operations(self, first: int, n: int, n_groups: int) -> list[Operation]:
         """Return the two operations of some groups of n activations."""
-        tiles, layout = self.tiles, self.tiles.layout
-        kind = KINDS.index(layout.inputs)
+        tiles = self.tiles
+        kind = KINDS.index(tiles.layout.inputs)
         where = InputLayout(tiles.n_in, n, kind)
         buffer = aligned_bytes(where.n_bytes * n_groups)
         self._buffers.append(buffer)
         base = buffer.ctypes.data
         quantizing = quantize_arguments(self.inputs[first:], where, base, self._scratch, n_groups)
-        multiplying = product_arguments(
-            tiles, base, where, self.outputs[first:], n_groups, chosen()
-        )
         return [
             Operation(address_of(quantize_at), quantizing),
-            Operation(address_of(multiply, ProductType(layout, chosen(), n)), multiplying),
+            operation(tiles, base, where, self.outputs[first:], n_groups, chosen()),
         ]
 
 
-def product_arguments(
-    tiles: Tiles, base: int, where: InputLayout, outputs: Floats, n_groups: int, isa: Isa
-) -> npt.NDArray[np.int64]:
-    """Return the arguments of ``multiply``.
+def operation(
+    tiles: Weight,
+    base: int,
+    where: InputLayout,
+    outputs: Floats,
+    n_groups: int,
+    isa: Isa,
+    *,
+    adds: bool = False,
+    meets: bool = True,
+) -> Operation:
+    """Return the operation that multiplies a weight, compiled for its family.
 
     Parameters
     ----------
@@ -454,7 +462,20 @@ def product_arguments(
     outputs : (n · n_groups or more, rows padded to 16) float32, written by the operation
     n_groups : of activations
     isa : of the kernel
+    adds : whether results are added to the outputs
+    meets : see ``Operation``
     """
+    if isinstance(tiles, LookupTiles):
+        found = lookup_operation(tiles, base, where, outputs, n_groups, isa, adds=adds)
+        return Operation(*found, meets)
+    code = address_of(multiply, ProductType(tiles.layout, isa, where.n, adds=adds))
+    return Operation(code, _arguments(tiles, base, where, outputs, n_groups, isa), meets)
+
+
+def _arguments(
+    tiles: Tiles, base: int, where: InputLayout, outputs: Floats, n_groups: int, isa: Isa
+) -> npt.NDArray[np.int64]:
+    """Return the arguments of ``multiply``."""
     layout = tiles.layout
     zero = zero_point(layout, isa)
     starts = base + (where.sums(layout.group, zero) if zero else 0)

@@ -142,6 +142,87 @@ class Vectors:
         places = self.builder.bitcast(words, BYTES)
         return self._call("llvm.x86.avx512.permvar.qi.512", BYTES, [table, places])
 
+    def store_table(self, sums: Value, pointer: Value, offset: int) -> None:
+        """Write a table of 32 words as ``look_up_words`` reads it: low and high bytes apart."""
+        if self.isa.vector_bytes == 64 or not self.isa.has_shuffle:
+            self.store(sums, pointer, offset, 64)
+            return
+        half = ir.VectorType(I8, 32)
+        high = self.builder.lshr(sums, self.constant(WORDS, 8))
+        self.store(self.builder.trunc(sums, half), pointer, offset, 32)
+        self.store(self.builder.trunc(high, half), pointer, offset + 32, 32)
+
+    def look_up_words(
+        self, pointer: Value, offset: int, indices: Sequence[Value], bits: int
+    ) -> list[Value]:
+        """Return parts of the words of a table of 32 at two vectors of indices.
+
+        Words that need no parts are returned as they are. Where bytes are looked up, parts are the
+        low bytes of both vectors, those of the second alone, and the high bytes: so they are added
+        up, the last as bytes, and ``joined`` in the end. What overflows is of no account.
+
+        Parameters
+        ----------
+        pointer, offset : of the table, see ``store_table``
+        indices : words, whose lowest `bits` bits count
+        bits : 5; or 4, where the table's second half is its first
+        """
+        if self.isa.vector_bytes == 64:
+            table = self.load(pointer, offset, WORDS, 64)
+            name = "llvm.x86.avx512.permvar.hi.512"
+            return [self._call(name, WORDS, [table, one]) for one in indices]
+        mask = self.constant(WORDS, (1 << bits) - 1)
+        first, second = (self.builder.and_(one, mask) for one in indices)
+        if not self.isa.has_shuffle:
+            return [self._fetched(pointer, offset, one) for one in (first, second)]
+        both = self.builder.or_(first, self.builder.shl(second, self.constant(WORDS, 8)))
+        places = self.builder.bitcast(both, BYTES)
+        low, high = (self._look_up_32(pointer, offset + at, places, bits) for at in (0, 32))
+        low = self.builder.bitcast(low, WORDS)
+        return [low, self.builder.lshr(low, self.constant(WORDS, 8)), high]
+
+    def part_types(self) -> list[Any]:
+        """Return the types of what ``look_up_words`` returns."""
+        in_bytes = self.isa.has_shuffle and self.isa.vector_bytes < 64
+        return [WORDS, WORDS, BYTES] if in_bytes else [WORDS, WORDS]
+
+    def joined(self, parts: Sequence[Value]) -> list[Value]:
+        """Return sums of parts as sums of words, for both vectors of indices."""
+        if len(parts) == 2:
+            return list(parts)
+        both, second, high = parts
+        eight = self.constant(WORDS, 8)
+        high = self.builder.bitcast(high, WORDS)
+        first = self.builder.sub(both, self.builder.shl(second, eight))
+        upper = self.builder.and_(high, self.constant(WORDS, 0xFF00))
+        return [
+            self.builder.add(first, self.builder.shl(high, eight)),
+            self.builder.add(second, upper),
+        ]
+
+    def _look_up_32(self, pointer: Value, offset: int, places: Value, bits: int) -> Value:
+        """Return bytes of a table of 32; a shuffle gives 0 for a place that is not its own."""
+        halves = []
+        for first in range(0, 1 << bits, 16):
+            line = self.load(pointer, offset + first, ir.VectorType(I8, 16), 16)
+            lanes = ir.Constant(ir.VectorType(I32, 64), list(range(16)) * 4)
+            table = self.builder.shuffle_vector(line, ir.Constant(line.type, ir.Undefined), lanes)
+            own = self.builder.xor(places, self.constant(BYTES, first)) if first else places
+            if bits > 4 and self.isa.vector_bytes == 32:  # its highest bit makes it 0
+                own = self.builder.add(own, self.constant(BYTES, 0x70))
+            halves.append(self.lookup(table, own))
+        return halves[0] if bits == 4 else self.builder.or_(*halves)
+
+    def _fetched(self, pointer: Value, offset: int, indices: Value) -> Value:
+        """Return words of a table, read one by one."""
+        found = ir.Constant(WORDS, ir.Undefined)
+        for lane in range(32):
+            number = ir.Constant(I32, lane)
+            index = self.builder.zext(self.builder.extract_element(indices, number), I64)
+            moved = self.builder.gep(pointer, [self.builder.shl(index, ir.Constant(I64, 1))])
+            found = self.builder.insert_element(found, self.load(moved, offset, I16, 2), number)
+        return found
+
     def dot(self, total: Value, weights: Value, inputs: Value, *, signed: bool) -> Value:
         """Add to 16 integers the dot products of 16 times four bytes.
 
@@ -256,13 +337,14 @@ class Vectors:
         returns = returns or arguments[0].type
         n_parts = 64 // self.isa.vector_bytes
         part_type = ir.VectorType(returns.element, returns.count // n_parts)
-        cut = [[self._part(value, i, n_parts) for value in arguments] for i in range(n_parts)]
+        cut = [[self.part(value, i, n_parts) for value in arguments] for i in range(n_parts)]
         parts = [self._call(name, part_type, one) for one in cut]
         while len(parts) > 1:
             parts = [self._join(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
         return parts[0]
 
-    def _part(self, value: Value, i: int, n_parts: int) -> Value:
+    def part(self, value: Value, i: int, n_parts: int) -> Value:
+        """Return one of so many parts of a vector."""
         count = value.type.count // n_parts
         lanes = ir.Constant(ir.VectorType(I32, count), list(range(i * count, (i + 1) * count)))
         undefined = ir.Constant(value.type, ir.Undefined)

@@ -24,13 +24,17 @@ def main() -> None:
 
 def make(folder: Path, names: list[str]) -> None:
     """Write weights, activations and this machine's products."""
+    from cpu_kernels import sherry
     from edgeq.runtime.encoders import encode
 
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(ROWS, COLUMNS)).astype(np.float32)
     np.save(folder / "inputs.npy", generator.normal(size=(3, COLUMNS)).astype(np.float32))
     for name in names:
-        packed = encode(weight, GGMLQuantizationType[name], np.ones((1, COLUMNS), np.float32))
+        if name == sherry.NAME:
+            packed = sherry.encode(weight)
+        else:
+            packed = encode(weight, GGMLQuantizationType[name], np.ones((1, COLUMNS), np.float32))
         np.save(folder / f"{name}.npy", packed)
         np.save(folder / f"{name}-product.npy", products(folder, name))
 
@@ -56,15 +60,25 @@ def compare(folder: Path, names: list[str]) -> None:
 
 
 def products(folder: Path, name: str) -> np.ndarray:
-    """Return this machine's products."""
+    """Return this machine's products; those by lookup, where there are, must be the same."""
+    from cpu_kernels import sherry
     from cpu_kernels.isa import chosen
+    from cpu_kernels.lookup_tiles import lookup_layout_of, rearrange_for_lookup
     from cpu_kernels.products import Product
     from cpu_kernels.tiles import rearrange
 
     inputs = np.load(folder / "inputs.npy")
     packed = np.load(folder / f"{name}.npy")
-    weight = rearrange(GGMLQuantizationType[name], packed, chosen())
-    return Product(weight, len(inputs))(inputs)
+    if name == sherry.NAME:
+        return Product(sherry.rearrange(packed, chosen()), len(inputs))(inputs)
+    qtype = GGMLQuantizationType[name]
+    found = Product(rearrange(qtype, packed, chosen()), len(inputs))(inputs)
+    layout = lookup_layout_of(qtype, chosen())
+    if layout is not None:
+        other = Product(rearrange_for_lookup(layout, packed), len(inputs))(inputs)
+        if not np.array_equal(found, other):
+            sys.exit(f"{name}: products by lookup differ from those by multiplication.")
+    return found
 
 
 if __name__ == "__main__":

@@ -39,6 +39,20 @@ def test_types_are_timed_beside_ggml(found):
     assert "IQ2_XXS" in found.as_text()
 
 
+def test_both_families_are_timed(found):
+    for row in found.types:
+        ns = dict(zip(("dot", "lookup"), row.of_families, strict=True))
+        assert row.ns_per_weight == ns[row.family]
+        assert (ns["lookup"] is None) == (row.type != "Q4_0")
+    alone = benchmarks.bench_types(["sherry"], [1], mebibytes=1, repetitions=2, steps=Steps())
+    assert alone.types == ()  # speeds.json is for plans, which it is none for
+    (row,) = alone.sherry
+    assert (row.type, row.family, row.dot_ns_per_weight) == ("SHERRY", "lookup", None)
+    assert row.file_bpw == 1.3125
+    assert "SHERRY" in alone.as_text()
+    assert alone.as_json()["sherry"][0]["ns_per_weight"] == row.ns_per_weight
+
+
 def test_all_of_a_memory_is_read():
     reader = Reader(1 << 20, 1)
     reader._memory[:] = 0

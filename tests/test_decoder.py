@@ -124,6 +124,16 @@ def test_threads_change_nothing(model):
     np.testing.assert_array_equal(one, two)
 
 
+def test_the_family_of_kernels_changes_nothing(model, monkeypatch):
+    path, found = model("smollm2", "Q4_0"), {}
+    for family in ("dot", "lookup"):
+        monkeypatch.setenv("EDGEQ_KERNELS", family)
+        decoder = Decoder(path, n_ctx=128, n_threads=1)
+        found[family] = decoder.weight_bytes, decoder.logits(TOKENS[:70])
+    assert found["dot"][0] != found["lookup"][0]  # other tiles
+    np.testing.assert_array_equal(found["lookup"][1], found["dot"][1])
+
+
 def test_a_cache_of_bytes_is_near_that_of_half_floats(model):
     path = model("gemma3", "Q8_0")
     halves, rounded = (

@@ -15,15 +15,9 @@ from cpu_kernels.inputs import (
     quantize_at,
 )
 from cpu_kernels.isa import chosen
-from cpu_kernels.products import (
-    ProductType,
-    groups_of,
-    multiply,
-    multiply_floats,
-    product_arguments,
-)
+from cpu_kernels.products import groups_of, multiply_floats, operation
 from cpu_kernels.threads import Operation, address_of
-from cpu_kernels.tiles import Tiles, aligned_bytes
+from cpu_kernels.tiles import aligned_bytes
 from edgeq.decoding.shape import Shape
 from edgeq.decoding.weights import Floats, Weights
 
@@ -61,8 +55,8 @@ class Builder:
     ) -> None:
         """Make activations and quantize them as the weights want them."""
         found = [self._read.weight(name) for name in weights]
-        kinds = sorted({one.layout.inputs for one in found if isinstance(one, Tiles)})
-        if any(not isinstance(one, Tiles) for one in found) or not kinds:
+        kinds = sorted({one.layout.inputs for one in found if not isinstance(one, np.ndarray)})
+        if any(isinstance(one, np.ndarray) for one in found) or not kinds:
             kinds = kinds or ["Q8_0"]  # makes the values; nothing reads the codes
         for kind in kinds:
             for start, n, n_groups in groups_of(self._n, self._isa):
@@ -85,7 +79,7 @@ class Builder:
     ) -> None:
         """Multiply a weight with the activations that were prepared last."""
         weight = self._read.weight(name)
-        if not isinstance(weight, Tiles):
+        if isinstance(weight, np.ndarray):
             arguments = [
                 weight.ctypes.data, *weight.shape, values.ctypes.data, values.strides[0],
                 out.ctypes.data, out.strides[0], self._n, adds,
@@ -94,10 +88,10 @@ class Builder:
             return
         for start, n, n_groups in groups_of(self._n, self._isa):
             where, buffer = self._buffer(weight.n_in, weight.layout.inputs, start, n, n_groups)
-            kind = ProductType(weight.layout, self._isa, n, adds=adds)
-            base = buffer.ctypes.data
-            given = product_arguments(weight, base, where, out[start:], n_groups, self._isa)
-            self.operations.append(Operation(address_of(multiply, kind), given, meets))
+            base, rows = buffer.ctypes.data, out[start:]
+            self.operations.append(
+                operation(weight, base, where, rows, n_groups, self._isa, adds=adds, meets=meets)
+            )
 
     def add_normalized(self, rows: Floats, added: Floats, norm: Floats, shape: Shape) -> None:
         """Add normalized rows to the residual."""

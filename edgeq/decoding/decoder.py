@@ -69,7 +69,7 @@ class Decoder:
             )
         self._isa = chosen()
         self._cache = CacheType(self._isa, is_bytes=cache == "q8_0")
-        self._read = Weights(self._file)
+        self._read = Weights(self._file, self.n_threads)
         self.n_vocab = self._file.tensors["token_embd.weight"].shape[0]
         self._state = np.zeros(2, np.int64)
         self._make_memory()

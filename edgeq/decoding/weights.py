@@ -7,8 +7,9 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
-from cpu_kernels.isa import chosen
-from cpu_kernels.tiles import Tiles, aligned_bytes, rearrange, tile_shape
+from cpu_kernels.choice import rearranged, shape_of
+from cpu_kernels.products import Weight
+from cpu_kernels.tiles import aligned_bytes
 from edgeq.errors import EvaluationError
 from edgeq.runtime.encoders import decode
 
@@ -20,11 +21,12 @@ _FLOATS = (_T.F32, _T.F16, _T.BF16)
 
 
 class Weights:
-    """A file's tensors, each read and rearranged once."""
+    """A file's tensors, each read and rearranged once, for so many threads."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, n_threads: int) -> None:
         self._file = file
-        self._tiles: dict[str, Tiles] = {}
+        self._n_threads = n_threads
+        self._tiles: dict[str, Weight] = {}
         self._floats: dict[str, Floats] = {}
         self._used = {"token_embd.weight", "rope_freqs.weight"}
         self._embedding = file.read_bytes("token_embd.weight")
@@ -50,7 +52,7 @@ class Weights:
     def _shape(self, name: str) -> tuple[int, int]:
         tensor = self._file.tensors[name]
         try:
-            return tile_shape(tensor.qtype, tensor.shape[0], tensor.shape[1], chosen())
+            return shape_of(tensor.qtype, tensor.shape[0], tensor.shape[1], self._n_threads)
         except ValueError as error:
             raise EvaluationError(f"{self._file.path}: {name}: {error}") from error
 
@@ -59,7 +61,7 @@ class Weights:
         qtype = self._file.tensors["token_embd.weight"].qtype
         return decode(np.ascontiguousarray(self._embedding[tokens]), qtype, n_threads=1)
 
-    def weight(self, name: str) -> Tiles | Floats:
+    def weight(self, name: str) -> Weight | Floats:
         """Return a matrix."""
         self._used.add(name)
         tensor = self._file.tensors.get(name)
@@ -73,7 +75,7 @@ class Weights:
             place = self._memory[start : self._end].view(np.uint8).reshape(shape)
             packed = self._file.read_bytes(name)
             try:
-                self._tiles[name] = rearrange(tensor.qtype, packed, chosen(), place)
+                self._tiles[name] = rearranged(tensor.qtype, packed, self._n_threads, place)
             except ValueError as error:
                 raise EvaluationError(f"{self._file.path}: {name}: {error}") from error
         return self._tiles[name]
