@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,15 @@ from converters.gguf_file import open_gguf, write_gguf
 from edgeq import provenance
 from edgeq.allocation import Plan
 from edgeq.calibration import collect
+from edgeq.calibration.collector import free_bytes
 from edgeq.calibration.fisher import TokenWeights, token_weights
-from edgeq.calibration.moments import LayerwiseMoments, MomentsSource, StoredMoments
+from edgeq.calibration.moments import (
+    LayerwiseMoments,
+    MomentsSource,
+    StoredMoments,
+    groups_of_layers,
+)
+from edgeq.calibration.statistics import Statistics
 from edgeq.console import Steps
 from edgeq.errors import CalibrationError
 from edgeq.evaluation import Summary, evaluate, store_reference
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from edgeq.layerwise import LayerwiseModel
 
 _MARGIN = 0.85  # of rtn's divergence; a gain on the calibration's kinds of text is less on others
+_MOMENTS_FRACTION = 0.25  # of free memory, for second moments that one pass collects
 _AGREES = 1e-3  # nats: ggml's float16 tables alone make 1e-5, another function 1e-1
 
 
@@ -227,23 +235,37 @@ class Roundings:
                 return {name: file.get_tensor(name) for name in file.keys()}
 
     def _stored(self, text: UsedText) -> MomentsSource | None:
+        """Return llama.cpp's moments, of some layers at a time where memory is short."""
         layers = layers_of(self.plan, self.reference.file)
-        names = {e.name for key, es in layers.items() if key.startswith("blk.") for e in es}
-        with self.steps.step("moments") as progress:
-            try:
-                found = collect(
+        shapes = {
+            entry.name: entry.shape
+            for key, entries in layers.items()
+            if key.startswith("blk.")
+            for entry in entries
+        }
+        groups = groups_of_layers(shapes, int(_MOMENTS_FRACTION * free_bytes(unknown=1 << 32)))
+
+        def passed(names: Collection[str]) -> Statistics:
+            with self.steps.step("moments") as progress:
+                return collect(
                     self.reference.path,
                     text.rows,
                     hessians=names,
                     n_threads=self.recipe.n_threads,
                     progress=progress,
                 )
-            except CalibrationError as error:
-                if not self.recipe.method.is_verified:
-                    raise
-                self.notes.append(f"Rounded to nearest: {error}")
-                return None
-            return StoredMoments(found)
+
+        found = StoredMoments(passed, groups)
+        try:
+            for key in list(layers)[:1]:
+                if key.startswith("blk."):
+                    found.of_layer(int(key.removeprefix("blk.")))
+        except CalibrationError as error:
+            if not self.recipe.method.is_verified:
+                raise
+            self.notes.append(f"Rounded to nearest: {error}")
+            return None
+        return found
 
     # --- tuning ----------------------------------------------------------------------------------
 

@@ -30,7 +30,11 @@ from edgeq.allocation.plan import plan_of, read_plan
 from edgeq.allocation.policy import Policy, read_policy
 from edgeq.allocation.speeds import read_speeds
 from edgeq.errors import EdgeqError
+from edgeq.gate import read_baseline
+from edgeq.reporting.page import page
+from edgeq.reporting.reading import read_reports
 from tests import tiny_gguf, tiny_models
+from tests.command_line import done
 
 MAX_SECONDS, MAX_BYTES = 10.0, 1 << 28
 _NUMBERS = (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
@@ -102,6 +106,12 @@ def surfaces(directory: Path) -> list[Surface]:
     Policy((layer,), "a test").write(policy)
     (weights,) = checkpoint.glob("*.safetensors")
 
+    report = _report(gguf, directory)
+
+    def read_report() -> object:
+        read_baseline(report)
+        return page(*read_reports([report]))
+
     def read_all() -> object:
         file = open_gguf(gguf)
         return [file.read_float(name) for name in file.tensors]
@@ -121,6 +131,7 @@ def surfaces(directory: Path) -> list[Surface]:
         Surface("plan.json", plan, lambda: read_plan(plan, whole), is_json=True),
         Surface("costs.json", costs, lambda: read_costs(costs), is_json=True),
         Surface("policy", policy, lambda: read_policy(policy)),
+        Surface("report.json", report, read_report, is_json=True),
         Surface("speeds.json", speeds, lambda: read_speeds(speeds), is_json=True),
     ]
 
@@ -156,6 +167,15 @@ def damaged(data: bytes, is_json: bool, seed: int) -> bytes:
         else:
             del changed[at:]
     return bytes(changed)
+
+
+def _report(gguf: Path, directory: Path) -> Path:
+    """Export the model and return the report of it."""
+    text, out = directory / "text.txt", directory / "quantized.gguf"
+    text.write_text(tiny_gguf.text(1, 3000), "utf-8")
+    flags = ("--type", "Q4_0", "--quantizer", "rtn", "--ctx", 64, "--chunks", 4)
+    done("export", gguf, out, "--text", text, *flags, "--eval-chunks", 2)
+    return out.with_suffix(".edgeq") / "report.json"
 
 
 def _other_json(value: object, chance: random.Random) -> object:

@@ -15,6 +15,7 @@ NAMES = (
     "plan.json",
     "costs.json",
     "policy",
+    "report.json",
     "speeds.json",
 )
 

@@ -8,7 +8,12 @@ from converters.convert import convert
 from converters.gguf_file import open_gguf
 from edgeq.calibration import collect, fisher
 from edgeq.calibration.fisher import token_weights
-from edgeq.calibration.moments import LayerwiseMoments, StoredMoments, _without_outliers
+from edgeq.calibration.moments import (
+    LayerwiseMoments,
+    StoredMoments,
+    _without_outliers,
+    groups_of_layers,
+)
 from edgeq.runtime.model import Model
 from edgeq.runtime.observer import Observer
 from tests import tiny_gguf, tiny_models
@@ -175,7 +180,18 @@ def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
 
 def test_stored_moments_are_the_statistics(path):
     statistics = collect(path, TOKENS, hessians=True, n_threads=1)
-    source = StoredMoments(statistics)
+    file = open_gguf(path)
+    shapes = {name: file.tensors[name].shape for name in statistics.first_with}
+    assert len(groups_of_layers(shapes, 1 << 30)) == 1
+    groups = groups_of_layers(shapes, 1)  # a layer at a time
+    assert [{name.split(".")[1] for name in names} for names in groups] == [{"0"}, {"1"}]
+    passes = []
+
+    def passed(names):
+        passes.append(names)
+        return collect(path, TOKENS, hessians=names, n_threads=1)
+
+    source = StoredMoments(passed, groups)
     seen = set()
     for layer in range(tiny_gguf.N_LAYERS):
         found = source.of_layer(layer)
@@ -186,6 +202,7 @@ def test_stored_moments_are_the_statistics(path):
         source.advance(layer, lambda: pytest.fail("nobody asks what became of a layer"))
         seen |= found.keys()
     assert seen == set(statistics.first_with)
+    assert passes == groups
 
 
 def whole_squares(model, modules, chunk, seed):

@@ -395,7 +395,9 @@ def test_what_a_folded_layer_stands_for_is_the_float_layer(tiny, tmp_path):
             stands_for[number] = replaced()
 
     tokens = np.random.RandomState(0).randint(3, 260, (4, 64)).astype(np.int32)
-    moments = Recording(collect(tiny, tokens, hessians=True, n_threads=1))
+    moments = Recording(
+        lambda names: collect(tiny, tokens, hessians=names, n_threads=1), [list(file.tensors)]
+    )
     plan = allocate(file, "Q8_0", has_imatrix=False)
     rules = Rules(RoundToNearest(), ("balance",), n_threads=1)
     with WorkDirectory(tmp_path / "work") as work:

@@ -5,7 +5,8 @@ the already quantized layers before it really give it. ``StoredMoments`` has wha
 of the float model: for models that torch cannot run.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,16 +79,41 @@ class MomentsSource(Protocol):
 
 
 class StoredMoments:
-    """The second moments that llama.cpp's own pass over the float model gave."""
+    """The second moments that llama.cpp's own passes over the float model give.
+
+    Parameters
+    ----------
+    collect : runs the text through the model, and sees the named weights
+    groups : names of the weights that are seen in one pass: of whole layers
+    """
 
     is_sequential = False
 
-    def __init__(self, statistics: Statistics) -> None:
-        self._statistics = statistics
+    def __init__(
+        self, collect: Callable[[Collection[str]], Statistics], groups: Sequence[Collection[str]]
+    ) -> None:
+        self._collect = collect
+        self._groups = groups
+        self._at = -1
+        self._statistics: Statistics | None = None
 
     def of_layer(self, number: int) -> dict[str, Moments]:
-        """Return the moments of a layer's weights by name."""
-        statistics, prefix = self._statistics, f"blk.{number}."
+        """Return the moments of a layer's weights by name.
+
+        Raises
+        ------
+        CalibrationError
+            As ``edgeq.calibration.collect``.
+        """
+        prefix = f"blk.{number}."
+        for at, names in enumerate(self._groups):
+            if at != self._at and any(name.startswith(prefix) for name in names):
+                self._statistics = None  # freed before the next
+                self._statistics = self._collect(names)
+                self._at = at
+        statistics = self._statistics
+        if statistics is None:
+            return {}
         return {
             name: Moments(statistics.hessian(name))
             for name, first in statistics.first_with.items()
@@ -96,6 +122,29 @@ class StoredMoments:
 
     def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
         """Do nothing: these are the float model's."""
+
+
+def groups_of_layers(shapes: Mapping[str, tuple[int, ...]], n_bytes: int) -> list[list[str]]:
+    """Return the weights of as many layers at a time as have second moments of `n_bytes` together.
+
+    Parameters
+    ----------
+    shapes : of the weights, ``blk.N...``, by name; (n_out, n_in) or (n_mat, n_out, n_in)
+    n_bytes : at most, but for a layer that alone has more
+    """
+    groups: list[list[str]] = []
+    left = 0
+    layers: dict[int, list[str]] = {}
+    for name in shapes:
+        layers.setdefault(int(name.split(".")[1]), []).append(name)
+    for _, names in sorted(layers.items()):
+        needed = sum(4 * (math.prod(shapes[n][:-2]) * shapes[n][-1] ** 2) for n in names)
+        if not groups or needed > left:
+            groups.append([])
+            left = n_bytes
+        groups[-1] += names
+        left -= needed
+    return groups
 
 
 class LayerwiseMoments:
