@@ -10,18 +10,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gguf
 from gguf import GGMLQuantizationType as QType
 from gguf import GGUFValueType, LlamaFileType
 
 from converters.architectures import architecture_of
-from converters.architectures.description import Architecture, Config, Output
+from converters.architectures.description import Architecture, Config, Output, Shape
 from converters.architectures.settings import settings
-from converters.checkpoint import Checkpoint
+from converters.checkpoint import Checkpoint, CheckpointTensor
 from converters.errors import ConversionError
-from converters.gguf_file import Field, write_gguf
+from converters.gguf_file import Field, write_gguf, write_holes
 from converters.vocab import read_vocabulary
 from converters.weights import Piece, Target, output_shape, tensor_source
 
@@ -83,10 +83,56 @@ def convert(
     return write_gguf(out, fields, sources, split_max_bytes=split_max_bytes, progress=progress)
 
 
+def write_outline(
+    out: Path,
+    shapes: Mapping[str, Shape],
+    raw_config: Config,
+    architecture: Architecture,
+    types: Mapping[str, QType],
+) -> None:
+    """Write the GGUF file that a model would become, without vocabulary and with holes for weights.
+
+    It is enough for llama.cpp to choose types from.
+
+    Parameters
+    ----------
+    out : file to write; an existing one is replaced
+    shapes : of the checkpoint's tensors, by their names there
+    raw_config : of the model, as config.json has it
+    architecture : of the model
+    types : by names in the GGUF; where there is none, matrices are float32
+
+    Raises
+    ------
+    ConversionError
+        As for ``convert``.
+    """
+    nowhere = Path(str(raw_config.get("_name_or_path") or "model"))
+    tensors = {name: CheckpointTensor(name, "F32", s, nowhere, -1, 0) for name, s in shapes.items()}
+    checkpoint = Checkpoint(nowhere, dict(raw_config), tensors, _no_weights)
+    config = settings(raw_config, architecture)
+    targets = _targets(checkpoint, architecture, config)
+    fields = {
+        "general.architecture": Field(architecture.name, GGUFValueType.STRING),
+        **_architecture_fields(checkpoint, architecture, config),
+    }
+    sources = [
+        tensor_source(checkpoint, config, target, types.get(target.name, QType.F32))
+        for target in targets
+    ]
+    write_holes(out, fields, sources)
+
+
+def _no_weights(tensor: CheckpointTensor) -> NoReturn:
+    raise ConversionError(f"{tensor.name}: an outline has no weights. Open the checkpoint itself.")
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     quantization = checkpoint.config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method == "edgeq" and not quantization.get("gguf"):
+            return  # what edgeq.transformers_quantizer saved: the float weights
         raise ConversionError(
             f"{checkpoint.directory}/config.json: the checkpoint is quantized already "
             f"({method or 'quantization_config is set'}), expected float weights. Use the "
@@ -245,21 +291,8 @@ def _fields(
         **_general_fields(checkpoint, architecture, targets),
         "general.file_type": Field(int(file_type), unsigned),
         "general.quantization_version": Field(int(gguf.GGML_QUANT_VERSION), unsigned),
+        **_architecture_fields(checkpoint, architecture, config),
     }
-    for key in architecture.keys:
-        if callable(key.source):
-            value = key.source(config)
-        else:
-            value = next((config[k] for k in key.source if config.get(k) is not None), None)
-        if value is None and key.required:
-            raise ConversionError(
-                f"{checkpoint.directory}/config.json: "
-                f"{' or '.join(key.source) if not callable(key.source) else key.name} is missing; "
-                f"{architecture.name} needs it."
-            )
-        if value is not None:
-            name = key.name.format(arch=architecture.name)
-            fields[name] = Field(_checked(checkpoint, name, value, key.type), key.type)
     vocabulary = read_vocabulary(
         checkpoint.directory,
         checkpoint.config,
@@ -275,6 +308,27 @@ def _fields(
             "tokenizer or config.json belongs to another model."
         )
     return fields | vocabulary.fields()
+
+
+def _architecture_fields(
+    checkpoint: Checkpoint, architecture: Architecture, config: Config
+) -> dict[str, Field]:
+    fields = {}
+    for key in architecture.keys:
+        if callable(key.source):
+            value = key.source(config)
+        else:
+            value = next((config[k] for k in key.source if config.get(k) is not None), None)
+        if value is None and key.required:
+            raise ConversionError(
+                f"{checkpoint.directory}/config.json: "
+                f"{' or '.join(key.source) if not callable(key.source) else key.name} is missing; "
+                f"{architecture.name} needs it."
+            )
+        if value is not None:
+            name = key.name.format(arch=architecture.name)
+            fields[name] = Field(_checked(checkpoint, name, value, key.type), key.type)
+    return fields
 
 
 def _checked(checkpoint: Checkpoint, name: str, value: Any, kind: GGUFValueType) -> Any:

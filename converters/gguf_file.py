@@ -28,7 +28,7 @@ from converters.gguf_header import (
     split_paths,
     tensor_bytes,
 )
-from converters.gguf_writer import TensorSource, write_gguf
+from converters.gguf_writer import TensorSource, write_gguf, write_holes
 
 __all__ = [
     "Field",
@@ -39,6 +39,7 @@ __all__ = [
     "row_bytes",
     "tensor_bytes",
     "write_gguf",
+    "write_holes",
 ]
 
 _DECODE_BYTES = 8 << 20  # float32 bytes decoded at a time

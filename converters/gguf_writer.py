@@ -131,6 +131,35 @@ def write_gguf(
     return [part.target for part in parts]
 
 
+def write_holes(path: Path, fields: Mapping[str, Field], tensors: Sequence[TensorSource]) -> None:
+    """Write a GGUF file whose tensors are holes: zeros that the file system need not store.
+
+    Parameters
+    ----------
+    path : an existing file is replaced
+    fields, tensors : as for ``write_gguf``; no tensor is loaded
+
+    Raises
+    ------
+    ConversionError
+        A value or tensor that the format cannot hold, or a path that cannot be written.
+    """
+    fields = ordered_fields(path, fields, None)
+    _check_tensors(path, tensors)
+    writer = _Writer(_PartPlan(path, path, fields, tensors), DEFAULT_ALIGNMENT)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file: BinaryIO = writer.fout[0]
+        sizes = [tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors]
+        start = _padded(file.tell(), DEFAULT_ALIGNMENT)
+        file.truncate(start + sum(_padded(size, DEFAULT_ALIGNMENT) for size in sizes))
+        writer.close()
+    except OSError as error:
+        raise ConversionError(_os_message(path, error)) from error
+
+
 class _Writer(GGUFWriter):  # type: ignore[misc]
     """GGUFWriter for one file that adds no key of its own and packs by ``pack_value``."""
 

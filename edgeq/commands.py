@@ -1,8 +1,13 @@
 """What the commands beside ``export`` do: single steps of the walk, and looking at files."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from converters.architectures import described_architectures
 from converters.checkpoint import open_checkpoint
@@ -21,7 +26,9 @@ from edgeq.evaluation import evaluate as evaluate_file
 from edgeq.evaluation.chunks import MIN_CTX
 from edgeq.evaluation.store import stored_chunks
 from edgeq.opening import (
+    Reference,
     SourceChoice,
+    UsedText,
     check_output,
     counting,
     open_reference,
@@ -30,11 +37,11 @@ from edgeq.opening import (
 from edgeq.proving import check_not_calibrated_on, read_text, size_of, stored_text
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe, TextChoice
-from edgeq.registry import Plugin
+from edgeq.registry import Plugin, unknown_name
 from edgeq.results import FileResult, Measured, Written
-from edgeq.tasks import TASKS, Task, ask, read_task
+from edgeq.tasks import TASKS, Task, ask, read_tasks
 from edgeq.texts import Part
-from edgeq.transforms import write_rotated
+from edgeq.transforms import ROTATIONS, write_key_folded, write_rotated
 from edgeq.workdir import WorkDirectory
 
 
@@ -77,9 +84,20 @@ def convert(
 
 
 def rotate(
-    model: str, out: Path, kinds: Sequence[str], *, seed: int, source: SourceChoice, steps: Steps
+    model: str,
+    out: Path,
+    kinds: Sequence[str],
+    texts: TextChoice,
+    *,
+    source: SourceChoice,
+    steps: Steps,
 ) -> Written:
-    """Write a model in a rotated basis, as F32.
+    """Write a model in another basis, as F32.
+
+    Parameters
+    ----------
+    kinds : of ``edgeq.transforms.ROTATIONS``, or ``keys``
+    texts : what shows the keys how large they are; its seed is also that of the rotations
 
     Raises
     ------
@@ -87,16 +105,35 @@ def rotate(
         The model cannot be read or converted, or the file not written.
     RecipeError
         It is quantized, or its architecture cannot be rotated so.
+    CalibrationError
+        The text is too short, or no text.
     """
-    check_output(out, (model,))
-    with WorkDirectory(source.work) as work:
+    for kind in kinds:
+        if kind not in (*ROTATIONS, "keys"):
+            known = unknown_name("rotation", kind, [*ROTATIONS, "keys"])
+            raise RecipeError(f"--kind: {known}")
+    has_keys, turns = "keys" in kinds, [kind for kind in kinds if kind != "keys"]
+    check_output(out, (model, *(texts.files if has_keys else ())))
+    facts: dict[str, Any] = {}
+    with WorkDirectory(source.work) as work, tempfile.TemporaryDirectory(dir=work.path) as scratch:
         reference = open_reference(model, source, work, steps)
-        with steps.step("rotate"):
-            write_rotated(reference.file, out, kinds, seed=seed)
-    return _written((out,), steps.seconds["rotate"])
+        file = reference.file
+        if has_keys:
+            rows = _calibration_text(texts, reference, work, steps, source.n_threads).rows
+            scaled = Path(scratch) / "keys.gguf" if turns else out
+            with steps.step("keys"):
+                errors = write_key_folded(file, scaled, rows, n_threads=source.n_threads)
+            file = open_gguf(scaled)
+            facts = {"key_error": round(float(np.mean(errors)), 4), "key_layers": len(errors)}
+        if turns:
+            with steps.step("rotate"):
+                write_rotated(file, out, turns, seed=texts.seed)
+    return _written((out,), sum(steps.seconds.get(step, 0.0) for step in ("keys", "rotate")), facts)
 
 
-def _written(paths: Sequence[Path], seconds: float) -> Written:
+def _written(
+    paths: Sequence[Path], seconds: float, facts: Mapping[str, Any] = MappingProxyType({})
+) -> Written:
     file = open_gguf(paths[0])
     figures = {
         "architecture": file.architecture,
@@ -105,7 +142,7 @@ def _written(paths: Sequence[Path], seconds: float) -> Written:
         "bytes": file.size_bytes,
         "seconds": round(seconds, 2),
     }
-    return Written(tuple(paths), figures)
+    return Written(tuple(paths), {**figures, **facts})
 
 
 def calibrate(
@@ -121,17 +158,7 @@ def calibrate(
     check_output(out, (model, *texts.files))
     with WorkDirectory(source.work) as work:
         reference = open_reference(model, source, work, steps)
-        text = prepare_texts(
-            texts,
-            reference,
-            work,
-            steps,
-            calibrates=True,
-            evaluates=False,
-            n_threads=source.n_threads,
-        ).calibration
-        if text is None:
-            raise RecipeError("calibrate: no text was prepared. Give --text FILE.")
+        text = _calibration_text(texts, reference, work, steps, source.n_threads)
         imatrix = pipeline.calibrate(
             reference,
             text,
@@ -150,6 +177,21 @@ def calibrate(
         "seconds": round(steps.seconds["calibrate"], 2),
     }
     return Written((out,), figures, notes)
+
+
+def _calibration_text(
+    texts: TextChoice,
+    reference: Reference,
+    work: WorkDirectory,
+    steps: Steps,
+    n_threads: int | None,
+) -> UsedText:
+    text = prepare_texts(
+        texts, reference, work, steps, calibrates=True, evaluates=False, n_threads=n_threads
+    ).calibration
+    if text is None:
+        raise RecipeError("calibrate: no text was prepared. Give --text FILE.")
+    return text
 
 
 def write_plan(recipe: Recipe, out: Path, tensor_type_file: Path | None, steps: Steps) -> Written:
@@ -182,7 +224,7 @@ def evaluate(
     speed: bool,
     source: SourceChoice,
     steps: Steps,
-    tasks: Sequence[Path] = (),
+    tasks: Sequence[str | Path] = (),
     task_items: int | None = None,
 ) -> Measured:
     """Measure files against a reference model, or against its stored logits.
@@ -190,8 +232,8 @@ def evaluate(
     Parameters
     ----------
     reference : may be None where there are tasks and no texts
-    tasks : also ask files these items; a stored reference answers none
-    task_items : of each file at most so many
+    tasks : also ask files these items, of files or suites; a stored reference answers none
+    task_items : of each file and each part of a suite at most so many
 
     Raises
     ------
@@ -205,7 +247,7 @@ def evaluate(
         raise EvaluationError(f"--chunks: got {chunks}, expected 1 or more.")
     if save_logits is not None:
         check_output(save_logits, (reference, *files, *texts))
-    asked = tuple(read_task(path, task_items) for path in tasks)  # before anything takes time
+    asked = read_tasks(tasks, task_items)  # before anything takes time
     if reference is None:
         measured = _measured(files, None, None, n_ctx, chunks, source, steps, speed, ())
         return _with_tasks(measured, asked, None, source, steps)

@@ -12,6 +12,7 @@ a rolling log-likelihood the vocabulary's own BOS is what the text follows, not 
 """
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -24,8 +25,9 @@ import numpy as np
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
 from cpu_kernels.divergence import log_sum_exp
-from edgeq.errors import EdgeqError, EvaluationError
+from edgeq.errors import CalibrationError, EdgeqError, EvaluationError
 from edgeq.runtime.model import Model, Tokens
+from edgeq.texts.chat_template import ChatTemplate, Message
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -107,6 +109,8 @@ class EdgeqLM(TemplateLM):  # type: ignore[misc]
         self.max_length = _context(file, n_ctx)
         self.max_gen_toks = max_gen_toks
         self._shares = shares
+        self._template: ChatTemplate | None = None
+        self._refuses_system = False
         n_seq = N_SEQ if shares else 1
         self._model = Model(str(path), n_ctx=self.max_length, n_seq=n_seq, n_threads=n_threads)
         bos, eos = (file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
@@ -139,8 +143,8 @@ class EdgeqLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness names its cache of requests by."""
-        return str(self._model.path)
+        """What the harness names its cache of requests by: becomes part of a file's name."""
+        return re.sub(r"[^\w.-]", "_", str(self._model.path))
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
@@ -159,12 +163,88 @@ class EdgeqLM(TemplateLM):  # type: ignore[misc]
         before, after = super()._encode_pair(context, continuation)
         return before or [self._prefix], after  # a context of spaces alone has no token
 
-    def apply_chat_template(self, *_: object, **__: object) -> str:
-        """Refuse: the harness's chat mode is not there yet."""
-        raise EvaluationError(
-            f"{self._model.path}: chat templates are not applied by this model class. Leave out "
-            "--apply_chat_template."
-        )
+    # ---- chats -----------------------------------------------------------------------------------
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose the template that chats are rendered with, and return it for the results.
+
+        Parameters
+        ----------
+        chat_template : False: none; True: the file's default one; else the name of one of its
+            others, ``tokenizer.chat_template.NAME``
+
+        Raises
+        ------
+        EvaluationError
+            The file has no such template.
+        """
+        if chat_template is False or chat_template is None:
+            return None
+        name = chat_template if isinstance(chat_template, str) else None
+        self._template, self._refuses_system = self._read_template(name), False
+        return self._template.source
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a chat as the text that the model was trained on, rendered in a sandbox.
+
+        A template that refuses a system message gets the chat without it, as in ``HFLM``; the log
+        says so once.
+
+        Parameters
+        ----------
+        add_generation_prompt : end with what the answer follows; False: with the last message,
+            which the model continues
+
+        Raises
+        ------
+        EvaluationError
+            The file has no template, or the template refuses the chat.
+        """
+        if self._template is None:
+            self._template = self._read_template(None)
+        chat = [dict(message) for message in chat_history]
+        without = [message for message in chat if message["role"] != "system"]
+        if not self._refuses_system:
+            try:
+                return self._render(self._template, chat, add_generation_prompt)
+            except CalibrationError as error:
+                if len(without) == len(chat):
+                    raise EvaluationError(str(error)) from error
+        try:
+            text = self._render(self._template, without, add_generation_prompt)
+        except CalibrationError as error:
+            raise EvaluationError(str(error)) from error
+        if not self._refuses_system:
+            _logger.warning("the chat template refuses system messages; they are left out")
+            self._refuses_system = True
+        return text
+
+    def _render(self, template: ChatTemplate, chat: list[Message], opens_answer: bool) -> str:
+        (text,) = template.render([chat], opens_answer=opens_answer)
+        if opens_answer:
+            return text
+        last = chat[-1]["content"].strip()
+        found = text.rfind(last)
+        if found < 0:
+            raise CalibrationError(
+                f"{self._model.path}: its chat template does not show the last message, "
+                f"{last[:60]!r}, which the model is to continue. Leave out --apply_chat_template."
+            )
+        end = found + len(last)
+        blanks = chat[-1]["content"][len(chat[-1]["content"].rstrip()) :]
+        return text[: end + len(blanks)] if text.startswith(blanks, end) else text[:end]
+
+    def _read_template(self, name: str | None) -> ChatTemplate:
+        try:
+            return ChatTemplate.from_gguf(self._model.path, name)
+        except CalibrationError as error:
+            raise EvaluationError(
+                f"{self._model.path}: got no usable chat template{f' {name!r}' if name else ''}, "
+                "expected one in the file. Leave out --apply_chat_template, or convert the model "
+                "again with its tokenizer_config.json."
+            ) from error
 
     # ---- log-likelihoods -------------------------------------------------------------------------
 

@@ -57,7 +57,9 @@ def on_disk(
             f"{kind}: got no tokenizer, expected the model's own. Give tokenizer=AutoTokenizer."
             "from_pretrained(...)."
         )
-    if any(".parametrizations." in f".{name}" for name, _ in _parameters(model)):
+    saves_floats = getattr(model, "quantization_method", None) == "edgeq"
+    is_simulated = any(".parametrizations." in f".{name}" for name, _ in _parameters(model))
+    if is_simulated and not saves_floats:
         raise RecipeError(
             f"{kind}: its weights are simulated, expected plain ones. Write it with edgeq.qat.save "
             "and export that directory."

@@ -6,18 +6,19 @@ weights themselves stay float; what is trained is written by ``save``, and expor
 blocks that were simulated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from torch.nn.utils import parametrize
 
 from converters.architectures import known_architectures
+from converters.architectures.description import Architecture
 from converters.architectures.settings import settings
-from converters.gguf_file import open_gguf
+from converters.gguf_file import GgufFile, open_gguf
 from edgeq.allocation import Plan, read_plan
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.layerwise.origins import Origin, origins_of
@@ -76,12 +77,66 @@ def simulate(
     found = read_plan(Path(plan), file)
     given = given_imatrix(None if imatrix is None else Path(imatrix), file)
     importances = importances_of(given, file) or {}
+    simulate_plan(model, file, found, importances, estimator=estimator, n_threads=n_threads)
+    return found
+
+
+def simulate_plan(
+    model: Any,
+    file: GgufFile,
+    plan: Plan,
+    importances: Mapping[str, FloatArray],
+    *,
+    estimator: str = "straight-through",
+    n_threads: int | None = None,
+) -> None:
+    """Do what ``simulate`` does, by a plan and importances that have been read and checked.
+
+    Parameters
+    ----------
+    file : names and shapes of the model's tensors; its weights are not looked at
+    importances : tensor name to mean squared inputs, (n_mat, n_in) float32
+    """
+    origins = parameter_origins(model, file)
+    made: dict[int, _Blocks] = {}
+    for name, parameter in dict(model.named_parameters(remove_duplicate=False)).items():
+        types = {origin.name: plan.types[origin.name] for origin in origins[name]}
+        if all(qtype == GGMLQuantizationType.F32 for qtype in types.values()):
+            continue
+        path, _, leaf = name.rpartition(".")
+        blocks = made.get(id(parameter))  # a tied output is the embedding
+        if blocks is None:
+            blocks = _Blocks(origins[name], types, importances, estimator, n_threads)
+            made[id(parameter)] = blocks
+        parametrize.register_parametrization(model.get_submodule(path), leaf, blocks, unsafe=True)
+
+
+def architecture_of(model: Any) -> Architecture:
+    """Return what edgeq knows of a transformers model's family.
+
+    Raises
+    ------
+    CalibrationError
+        Nothing.
+    """
     architecture = known_architectures().get(type(model).__name__)
     if architecture is None:
         raise CalibrationError(
             f"{type(model).__name__}: no architecture that edgeq converts; expected a causal LM "
             "with its head, as AutoModelForCausalLM loads it."
         )
+    return architecture
+
+
+def parameter_origins(model: Any, file: GgufFile) -> dict[str, tuple[Origin, ...]]:
+    """Return where the parameters of a float32 model lie in its file, tied ones by every name.
+
+    Raises
+    ------
+    CalibrationError
+        Model and file do not fit each other, or a parameter is not float32.
+    """
+    architecture = architecture_of(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in named.items():
         if parameter.dtype != torch.float32:
@@ -91,19 +146,7 @@ def simulate(
             )
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     config = settings(model.config.to_dict(), architecture)
-    origins = origins_of(shapes, file, architecture, config, output_name(model))
-    made: dict[int, _Blocks] = {}
-    for name, parameter in named.items():
-        types = {origin.name: found.types[origin.name] for origin in origins[name]}
-        if all(GGML_QUANT_SIZES[qtype][0] == 1 for qtype in types.values()):
-            continue
-        path, _, leaf = name.rpartition(".")
-        blocks = made.get(id(parameter))  # a tied output is the embedding
-        if blocks is None:
-            blocks = _Blocks(origins[name], types, importances, estimator, n_threads)
-            made[id(parameter)] = blocks
-        parametrize.register_parametrization(model.get_submodule(path), leaf, blocks, unsafe=True)
-    return found
+    return origins_of(shapes, file, architecture, config, output_name(model))
 
 
 def save(model: Any, directory: Path | str) -> None:
@@ -117,17 +160,39 @@ def save(model: Any, directory: Path | str) -> None:
     CalibrationError
         Nothing is simulated in the model.
     """
-    simulated = [module for module in model.modules() if parametrize.is_parametrized(module)]
-    if not simulated:
+    if not end_simulation(model, keeps_rounded=False):
         raise CalibrationError(
             f"{type(model).__name__}: none of its weights is simulated; expected a model that "
             "edgeq.qat.simulate has changed."
         )
+    model.save_pretrained(directory)
+
+
+def simulated_modules(model: Any) -> list[Any]:
+    """Return the modules with weights that pass through blocks."""
+    return [module for module in model.modules() if parametrize.is_parametrized(module)]
+
+
+def end_simulation(model: Any, *, keeps_rounded: bool) -> bool:
+    """Make the weights plain parameters again; return whether any was simulated.
+
+    Parameters
+    ----------
+    keeps_rounded : their values become those of the blocks; False: stay the float ones
+    """
+    simulated = simulated_modules(model)
+    values: dict[int, tuple[Any, Any]] = {}  # tied ones once: rounded values would be rounded again
     for module in simulated:
         for name in list(module.parametrizations):
+            original = module.parametrizations[name].original
+            if keeps_rounded and id(original) not in values:
+                values[id(original)] = original, getattr(module, name).detach()
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    with torch.no_grad():
+        for original, rounded in values.values():
+            original.copy_(rounded)
     model.tie_weights()
-    model.save_pretrained(directory)
+    return bool(simulated)
 
 
 class _Blocks(torch.nn.Module):  # type: ignore[misc]
@@ -151,13 +216,23 @@ class _Blocks(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, weight: Any) -> Any:
         """Return the rounded values, of the same shape."""
-        return _StraightThrough.apply(weight, self._rounded(weight), self.estimator == "trust")
+        masks = self.estimator == "trust"
+        return _StraightThrough.apply(weight, self._rounded(weight), masks, self.forget)
+
+    def forget(self) -> None:
+        """Round anew at the next use: a fused optimizer changes weights and no version tells."""
+        self._kept = (None, None)
 
     def _rounded(self, weight: Any) -> Any:
         """Return the rounded values; those of before where the weight is still the same."""
         at = (weight.data_ptr(), weight._version)
         if self._kept[0] == at:
             return self._kept[1]
+        if weight.dtype != torch.float32:
+            raise CalibrationError(
+                f"{self.origins[0].name}: its simulated weights are {weight.dtype}, expected "
+                "torch.float32. Leave the model's dtype as it is."
+            )
         values = weight.detach().cpu().numpy()
         out = np.empty_like(values)
         for origin in self.origins:
@@ -183,14 +258,18 @@ class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
     """Rounded values forwards; the gradient as it is, or where it can be trusted, backwards."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Any, rounded: Any, masks: bool) -> Any:
+    def forward(
+        ctx: Any, weight: Any, rounded: Any, masks: bool, forget: Callable[[], None]
+    ) -> Any:
         error = (rounded - weight).abs()
         within = error <= _TRUST * error.square().mean().sqrt() if masks else None
+        ctx.forget = forget
         ctx.save_for_backward(*(() if within is None else (within,)))
         return rounded.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> tuple[Any, None, None]:
+    def backward(ctx: Any, gradient: Any) -> tuple[Any, None, None, None]:
+        ctx.forget()
         for within in ctx.saved_tensors:
             gradient = gradient * within
-        return gradient, None, None
+        return gradient, None, None, None

@@ -103,11 +103,12 @@ def test_importances_and_mixed_types_are_those_of_the_export(prepared, tmp_path)
     layers = model.model.layers
     up, down = layers[0].mlp.up_proj, layers[1].mlp.down_proj
     simulated = down.weight.detach().numpy().copy()
-    assert not hasattr(up, "parametrizations")
+    half = up.weight.detach().numpy().copy()
     qat.save(model, tmp_path / "saved")
     out = tmp_path / "out.gguf"
     file = exported(tmp_path / "saved", directory, plan, out, "--imatrix", imatrix)
     np.testing.assert_array_equal(file.read_float("blk.1.ffn_down.weight"), simulated)
+    np.testing.assert_array_equal(file.read_float("blk.0.ffn_up.weight"), half)
 
 
 def text_file(directory):

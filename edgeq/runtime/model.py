@@ -40,11 +40,12 @@ class Model(AbstractContextManager["Model", None]):
         KL divergences around 1e-6.
     cache : one of CACHES, the type of keys and values; a quantized one needs the fused kernel, and
         heads whose width its blocks of 32 divide
+    adapter : a LoRA adapter for the file, applied in full
 
     Raises
     ------
     RuntimeLibraryError
-        llama.cpp refused the file or the context; its own message is passed on.
+        llama.cpp refused the file, the adapter or the context; its own message is passed on.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Model(AbstractContextManager["Model", None]):
         vocab_only: bool = False,
         exact_attention: bool = False,
         cache: str = "f16",
+        adapter: Path | None = None,
     ) -> None:
         self.path = Path(path)
         self._library = load()
@@ -89,8 +91,21 @@ class Model(AbstractContextManager["Model", None]):
         self._kv_unified = kv_unified and n_seq > 1
         self._exact_attention = exact_attention
         self._cache = cache
+        self._adapter = None if adapter is None else self._read_adapter(adapter)
         if not vocab_only:
             self._open_context(n_ubatch, n_threads or available_cpus(), cb_eval)
+
+    def _read_adapter(self, path: Path) -> Any:
+        """Return an adapter; the model owns it, and contexts opened later have room for it."""
+        found = self._llama.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not found:
+            reason = self._library.last_error()
+            self.close()
+            raise RuntimeLibraryError(
+                f"{path}: llama.cpp cannot apply it to {self.path}: {reason}. Give an adapter "
+                "that was made for this file."
+            )
+        return found
 
     def _open_context(self, n_ubatch: int, n_threads: int, observer: Observer | None) -> None:
         llama = self._llama
@@ -119,6 +134,9 @@ class Model(AbstractContextManager["Model", None]):
                 f"{self.path}: no context of {self.n_ctx} × {self.n_seq} tokens: {reason}"
             )
         self._batch = llama.llama_batch_init(self.n_ctx * self.n_seq, 0, self.n_seq)
+        if self._adapter is not None:
+            one = (llama.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            llama.llama_set_adapters_lora(self._context, one, 1, (ctypes.c_float * 1)(1.0))
 
     @property
     def handle(self) -> Any:
@@ -134,6 +152,22 @@ class Model(AbstractContextManager["Model", None]):
     def bos(self) -> int:
         """The beginning-of-sequence token; -1 if there is none."""
         return int(self._llama.llama_vocab_bos(self._vocab))
+
+    @property
+    def rope(self) -> str | None:
+        """Which channels of a head the positions rotate together.
+
+        ``adjacent``: 2i and 2i + 1; ``halves``: i and i + half of the rotated ones; ``none``: no
+        channel is rotated. None: otherwise.
+        """
+        llama = self._llama
+        halves = (llama.LLAMA_ROPE_TYPE_NEOX, llama.LLAMA_ROPE_TYPE_MROPE)
+        known = {
+            llama.LLAMA_ROPE_TYPE_NONE: "none",
+            llama.LLAMA_ROPE_TYPE_NORM: "adjacent",
+            **dict.fromkeys((*halves, llama.LLAMA_ROPE_TYPE_IMROPE), "halves"),
+        }
+        return known.get(llama.llama_model_rope_type(self._model))
 
     def ends_text(self, token: int) -> bool:
         """Whether `token` ends what a model writes."""

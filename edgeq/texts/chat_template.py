@@ -37,8 +37,12 @@ class ChatTemplate:
     where: str
 
     @classmethod
-    def from_gguf(cls, path: Path | str) -> "ChatTemplate":
+    def from_gguf(cls, path: Path | str, name: str | None = None) -> "ChatTemplate":
         """Read the template of a GGUF file.
+
+        Parameters
+        ----------
+        name : of one of several that some files have; None: the default one
 
         Raises
         ------
@@ -49,7 +53,7 @@ class ChatTemplate:
         from edgeq.errors import CalibrationError
 
         file = open_gguf(path)
-        source = file.value("tokenizer.chat_template")
+        source = file.value(f"tokenizer.chat_template{f'.{name}' if name else ''}")
         if not isinstance(source, str) or not 0 < len(source) <= MAX_TEMPLATE_CHARS:
             size = len(source) if isinstance(source, str) else 0
             raise CalibrationError(

@@ -1,17 +1,21 @@
 """The proof that folds keep a model's function: KL divergence through llama.cpp."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, TensorSource, write_gguf
+from converters.output import replacing
 from cpu_kernels.divergence import divergence
-from edgeq.errors import EvaluationError
+from edgeq.errors import EvaluationError, RecipeError
 from edgeq.runtime.model import Model, Tokens
 from edgeq.transforms.scales import apply, tensor_scales
 from edgeq.transforms.sites import FloatArray, FoldSite
+
+_PROVEN_TOKENS = 64
+_SAME = 1e-4  # nats; float32 products in another order make 1e-6, ggml's float16 tables 1e-5
 
 
 def check_preserved(before: Path | str, after: Path | str, tokens: Tokens) -> float:
@@ -89,6 +93,35 @@ def write_folded(
 
     sources = [source_of(file, name, changed(name)) for name in file.tensors]
     return write_gguf(path, file.fields, sources)
+
+
+def write_proven(
+    file: GgufFile, path: Path, sources: Sequence[TensorSource], how: str, *, seed: int = 0
+) -> None:
+    """Write a model in other weights, if llama.cpp computes the same function from them.
+
+    Parameters
+    ----------
+    how : what was done to it, for the message
+    seed : of the tokens that it is tried on
+
+    Raises
+    ------
+    RecipeError
+        The function changed; what was at `path` stays then.
+    ConversionError
+        The file cannot be written.
+    """
+    n_vocab = file.tensors["token_embd.weight"].shape[0]
+    tokens = np.random.default_rng(seed).integers(0, n_vocab, _PROVEN_TOKENS).astype(np.int32)
+    with replacing(path) as unproven:
+        write_gguf(unproven, file.fields, sources)
+        kld = check_preserved(file.path, unproven, tokens)
+        if not kld < _SAME:
+            raise RecipeError(
+                f"{file.path}: {how}, it is {kld:.2g} nats from itself, expected below {_SAME:g}. "
+                "Use it as it is, and report this model to edgeq's developers."
+            )
 
 
 def source_of(file: GgufFile, name: str, changed: Callable[[], FloatArray] | None) -> TensorSource:
