@@ -204,8 +204,10 @@ class _Costing:
             yield from self._guided(text)
             return
         uses_them = self.cheap == "hessian" or self.measurer.quantizer.uses_hessian
-        known = self.measurer.hessians() if uses_them else {}
-        yield from ((name, known.get(name), 1.0) for name in self.measurer.names)
+        if not uses_them:
+            yield from ((name, None, 1.0) for name in self.measurer.names)
+            return
+        yield from ((name, hessian, 1.0) for name, hessian in self.measurer.moments())
 
     def _guided(self, text: UsedText) -> Iterator[tuple[str, FloatArray | None, float]]:
         """Yield second moments weighted by squared gradients; a layer's are freed after it."""

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from converters.gguf_file import GgufFile, TensorSource, write_gguf
 from edgeq import provenance
 from edgeq.calibration import collect
+from edgeq.calibration.collector import free_bytes
+from edgeq.calibration.moments import groups_of_layers
 from edgeq.console import Progress, Steps
 from edgeq.errors import RecipeError
 from edgeq.evaluation import evaluate, store_reference
@@ -28,10 +30,12 @@ from edgeq.opening import Reference, UsedText
 from edgeq.quantization import quantize_tensor
 from edgeq.quantizers import QUANTIZERS, Inputs, Quantizer, importances_of, make_quantizer
 from edgeq.runtime.encoders import FloatArray, Packed, decode
+from edgeq.runtime.model import Tokens
 from edgeq.runtime.presets import quantizable_tensors
 from edgeq.workdir import WorkDirectory, file_name, save_arrays
 
 _PATCHABLE = 5e8  # weights of a model that is changed in memory, as float32: 2 GB
+_MOMENTS_FRACTION = 0.1  # of free memory, for second moments of one pass over a large model
 _LOSS_CHUNKS = 4  # of text for second moments that only judge: nothing is fitted to them
 Types = Mapping[str, GGMLQuantizationType]
 
@@ -108,6 +112,9 @@ class Measurer(AbstractContextManager["Measurer", None]):
         quantizable = quantizable_tensors(ground.reference.path)
         self.names = tuple(name for name in self.file.tensors if name in quantizable)
         self.quantizer = make_quantizer(ground.quantizer)
+        if self.quantizer.uses_hessian and self.is_large:
+            self.quantizer = make_quantizer("rtn")
+            self.notes.append("Costs are those of rounding to nearest: the model is large.")
         self._hessians: dict[str, FloatArray] | None = None
 
     def joint(self, types: Types, n_chunks: int | None = None) -> Joint:
@@ -159,26 +166,47 @@ class Measurer(AbstractContextManager["Measurer", None]):
         importances = importances_of(name, shape, self.ground.importances)
         return Inputs(importances, hessian if self.quantizer.uses_hessian else None)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether neither a float32 copy nor all second moments are held in memory."""
+        return self.file.n_parameters > _PATCHABLE
+
+    def moments(self) -> Iterator[tuple[str, FloatArray | None]]:
+        """Yield every tensor with its second moments; of a large model some layers at a time."""
+        text = self.ground.calibration
+        if not self.is_large or text is None:
+            known = self.hessians()
+            yield from ((name, known.get(name)) for name in self.names)
+            return
+        shapes = {name: self.file.tensors[name].shape for name in self.names}
+        groups = groups_of_layers(shapes, int(_MOMENTS_FRACTION * free_bytes(unknown=1 << 32)))
+        for names in groups:
+            found = self._collected(text.rows[:_LOSS_CHUNKS], names)
+            yield from ((name, found.pop(name, None)) for name in names)
+
     def hessians(self) -> dict[str, FloatArray]:
         """Return the second moments of the float model, (n_mat, n_in, n_in), from llama.cpp."""
         text = self.ground.calibration
         if self._hessians is None and text is not None:
             rows = text.rows if self.quantizer.uses_hessian else text.rows[:_LOSS_CHUNKS]
-            with self.steps.step("moments") as progress:
-                found = collect(
-                    self.ground.reference.path,
-                    rows,
-                    hessians=self.names,
-                    output_tensor=True,
-                    n_threads=self.ground.n_threads,
-                    progress=progress,
-                )
-            self._hessians = {
-                name: found.hessian(name)
-                for name, first in found.first_with.items()
-                if first in found.hessians
-            }
+            self._hessians = self._collected(rows, self.names)
         return self._hessians or {}
+
+    def _collected(self, rows: Tokens, names: Sequence[str]) -> dict[str, FloatArray]:
+        with self.steps.step("moments") as progress:
+            found = collect(
+                self.ground.reference.path,
+                rows,
+                hessians=names,
+                output_tensor=True,
+                n_threads=self.ground.n_threads,
+                progress=progress,
+            )
+        return {
+            name: found.hessian(name)
+            for name in names
+            if found.first_with.get(name) in found.hessians
+        }
 
     def write_nearest(self, types: Types) -> Path:
         """Write a file of these types, rounded to nearest: good for its size and speed."""
@@ -207,7 +235,7 @@ class Measurer(AbstractContextManager["Measurer", None]):
             return
         pairs = dict.fromkeys(pair for types in choices for pair in types.items())
         encoded = self._encoded_as(list(pairs))
-        if self.file.n_parameters > _PATCHABLE:
+        if self.is_large:
             for number, types in enumerate(choices):
                 yield number, self._joint_of_file(types, encoded, n_chunks)
             return

@@ -114,6 +114,16 @@ def test_a_large_model_is_measured_as_a_file(measurer, monkeypatch):
     assert not list(measurer.work.path.glob("*joint.gguf*"))
 
 
+def test_moments_of_a_large_model_are_the_same(measurer, monkeypatch):
+    whole = measurer.hessians()
+    monkeypatch.setattr(measuring, "_PATCHABLE", 0)
+    monkeypatch.setattr(measuring, "free_bytes", lambda unknown: 0)  # a layer at a time
+    found = dict(measurer.moments())
+    assert set(found) == set(measurer.names)
+    for name, hessian in whole.items():
+        np.testing.assert_array_equal(found[name], hessian)
+
+
 def test_a_measurement_is_made_once(measurer):
     first = measurer.joint({NAME: _T.Q5_0})
     n_made = len(measurer.work.made)

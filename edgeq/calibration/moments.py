@@ -127,16 +127,19 @@ class StoredMoments:
 def groups_of_layers(shapes: Mapping[str, tuple[int, ...]], n_bytes: int) -> list[list[str]]:
     """Return the weights of as many layers at a time as have second moments of `n_bytes` together.
 
+    What is in no layer is last.
+
     Parameters
     ----------
-    shapes : of the weights, ``blk.N...``, by name; (n_out, n_in) or (n_mat, n_out, n_in)
+    shapes : of the weights by name; (n_out, n_in) or (n_mat, n_out, n_in)
     n_bytes : at most, but for a layer that alone has more
     """
     groups: list[list[str]] = []
     left = 0
     layers: dict[int, list[str]] = {}
     for name in shapes:
-        layers.setdefault(int(name.split(".")[1]), []).append(name)
+        number = int(name.split(".")[1]) if name.startswith("blk.") else len(shapes)
+        layers.setdefault(number, []).append(name)
     for _, names in sorted(layers.items()):
         needed = sum(4 * (math.prod(shapes[n][:-2]) * shapes[n][-1] ** 2) for n in names)
         if not groups or needed > left:
