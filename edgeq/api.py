@@ -72,6 +72,7 @@ def export(
     prove: bool = True,
     baseline: bool = False,
     modelfile: bool = False,
+    sign: File | None = None,
 ) -> Report:
     """Quantize a model into a GGUF file and prove it: ``edgeq export``.
 
@@ -101,6 +102,7 @@ def export(
     prove : measure the file against the reference
     baseline : measure llama.cpp's own quantizer beside it
     modelfile : write Ollama's ``Modelfile`` beside `out`
+    sign : sign the file with this Ed25519 private key, PEM
 
     Returns
     -------
@@ -147,6 +149,7 @@ def export(
             prove=prove,
             baseline=baseline,
             modelfile=modelfile,
+            sign=_path(sign),
         )
         return pipeline.export(recipe, Steps(bars=False))
 
@@ -166,6 +169,10 @@ def plan(
     speeds: File | None = None,
     types: Sequence[str] | None = None,
     quantizer: str = "auto",
+    effort: str = "default",
+    transform: str = "auto",
+    fisher: float | None = None,
+    tune_steps: int | None = None,
     imatrix: File | None = None,
     use_imatrix: bool = True,
     texts: File | Sequence[File] = AUTO_TEXT,
@@ -175,6 +182,9 @@ def plan(
     force: bool = False,
     work: File | None = None,
     n_threads: int | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
+    cluster_data: str = "files",
     allow_requantize: bool = False,
     allow_pickle: bool = False,
     tensor_type_file: File | None = None,
@@ -207,11 +217,18 @@ def plan(
         speeds=_path(speeds),
         types=None if types is None else ",".join(_strings(types)),
         quantizer=quantizer,
+        effort=effort,
+        transform=transform,
+        fisher=fisher,
+        tune_steps=tune_steps,
         imatrix=_path(imatrix),
         use_imatrix=use_imatrix,
         texts=TextChoice(_strings(texts), n_ctx=n_ctx, chunks=chunks, seed=seed, force=force),
         work=_path(work),
         n_threads=n_threads,
+        jobs=jobs,
+        cluster=cluster,
+        cluster_data=cluster_data,
         allow_requantize=allow_requantize,
         allow_pickle=allow_pickle,
         prove=False,
@@ -243,7 +260,7 @@ def evaluate(
     files : one or several, which are then compared in pairs with the first
     reference : float model, or a stored file of its logits; None where tasks are all there is
     texts : to judge on
-    tasks : files of questions; `task_items` of each at most
+    tasks : files of questions, or names of suites like "kick"; `task_items` of each at most
     n_ctx : tokens of one chunk; default 512, or a stored reference's
     chunks : judge on at most so many
     force : accept text that calibration has seen
@@ -258,7 +275,7 @@ def evaluate(
         Whatever the caller can mend.
     """
     paths = [Path(file) for file in _strings(files)]
-    asked = [Path(task) for task in _strings(tasks)]
+    asked = _strings(tasks)
     if not paths:
         raise EvaluationError("evaluate: no files, expected one or several. Name a GGUF file.")
     if reference is None and (not asked or _strings(texts) or save_logits is not None):

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from edgeq import cli_measuring
+import edgeq
+from edgeq import cli_measuring, cli_service
 from edgeq.cli_options import (
     PATH,
     Bytes,
@@ -20,6 +21,7 @@ from edgeq.cli_options import (
     allocation,
     common,
     evaluation,
+    forecasting,
     show,
     source_choice,
     source_input,
@@ -29,13 +31,22 @@ from edgeq.cli_options import (
     workers,
 )
 from edgeq.errors import EdgeqError
+from edgeq.logs import Log
 from edgeq.recipe import DEFAULT_PRESET, Recipe, Target
+from edgeq.stopping import ending, stoppable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgeq")
-def cli() -> None:
+@click.option("--log-json", metavar="FILE", help="Append a JSON object a line to FILE; -: stderr.")
+@click.pass_context
+def cli(ctx: click.Context, log_json: str | None) -> None:
     """Export language models to GGUF files that stock llama.cpp runs, calibrated and proven."""
+    if log_json is not None:
+        ctx.ensure_object(Log).open(log_json, edgeq.__version__)
+    is_forced = os.environ.get("EDGEQ_ISA") or os.environ.get("EDGEQ_KERNELS")
+    if is_forced and ctx.invoked_subcommand != "doctor":  # which tells of it
+        _choose_instructions()
 
 
 for _command in (
@@ -45,6 +56,8 @@ for _command in (
     cli_measuring.diff,
     cli_measuring.inspect,
     cli_measuring.report,
+    cli_service.doctor,
+    cli_service.verify,
 ):
     cli.add_command(_command)
 
@@ -113,6 +126,7 @@ for _command in (
 @click.option("--no-imatrix", is_flag=True, help="Round without any calibration.")
 @click.option("--split-max-size", "split_max_bytes", type=Bytes(), help="Write parts, like 2G.")
 @click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside OUT.")
+@click.option("--sign", type=PATH, metavar="KEY", help="Sign OUT: Ed25519 private key, PEM.")
 @click.option("--prove/--no-prove", default=True, help="Measure the file against the reference.")
 @click.option("--baseline", is_flag=True, help="Measure llama.cpp's own quantizer beside it.")
 @texts
@@ -155,6 +169,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         prove=options["prove"],
         baseline=options["baseline"],
         modelfile=options["modelfile"],
+        sign=options["sign"],
     )
     steps = start(verbose)
     result = (
@@ -225,24 +240,67 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
     multiple=True,
     default=("values",),
     show_default=True,
-    help="residual (R1), values (R2); repeatable.",
+    help="residual (R1), values (R2), keys (scales for a quantized KV cache); repeatable.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the turns.")
+@texts
 @source_input
 @common
 def rotate(
-    model: str, out: Path, kinds: tuple[str, ...], seed: int, as_json: bool, verbose: int,
-    **options: Any,
-) -> None:  # fmt: skip
+    model: str, out: Path, kinds: tuple[str, ...], as_json: bool, verbose: int, **options: Any
+) -> None:
     """Turn the basis of a float model.
 
     MODEL: a Hugging Face directory or float GGUF. OUT: a GGUF of the same function, in F32. The
     residual stream unties the output matrix from the embedding: the file grows by it.
+
+    Keys read a text. "key error" is what the scales leave of a quantized KV cache's mean squared
+    error of q · k, predicted; the values' error is apart from it.
     """
     from edgeq import commands
 
-    source = source_choice(options, out)
-    result = commands.rotate(model, out, kinds, seed=seed, source=source, steps=start(verbose))
+    result = commands.rotate(
+        model,
+        out,
+        kinds,
+        text_choice(options),
+        source=source_choice(options, out),
+        steps=start(verbose),
+    )
+    show(as_json, result.as_json(), result.as_text())
+
+
+@cli.command()
+@click.argument("file", type=PATH)
+@click.option("--reference", required=True, help="The float MODEL that FILE was made from.")
+@click.option("-o", "--out", type=PATH, required=True, help="The adapter to write, a GGUF file.")
+@click.option("--size", type=Bytes(), help="Of the adapter, at most. Default: 2 % of FILE.")
+@click.option("--rank", type=int, help="Give every weight this rank instead.")
+@click.option("--sign", type=PATH, metavar="KEY", help="Sign OUT: Ed25519 private key, PEM.")
+@click.option("--prove/--no-prove", default=True, help="Measure FILE with and without it.")
+@texts
+@evaluation
+@source_input
+@common
+def compensate(file: Path, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+    """Write a LoRA adapter that mends a quantized FILE.
+
+    The low-rank part of its error, weighed with the inputs of calibration text; llama.cpp applies
+    it at load (--lora). FILE must not be folded. Where rounding fed errors back, larger types are
+    likely worth more than the same bytes of adapter: measure both.
+    """
+    from edgeq import compensating
+
+    result = compensating.compensate(
+        file,
+        options["reference"],
+        out,
+        text_choice(options),
+        size_bytes=options["size"],
+        rank=options["rank"],
+        prove=options["prove"],
+        source=source_choice(options, out),
+        steps=start(verbose),
+    )
     show(as_json, result.as_json(), result.as_text())
 
 
@@ -273,8 +331,8 @@ def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any
 
 
 @cli.command()
-@click.argument("model")
-@click.option("-o", "--out", type=PATH, required=True, help="The plan.json to write.")
+@click.argument("model", required=False)
+@click.option("-o", "--out", type=PATH, help="The plan.json to write.")
 @click.option(
     "--type", "preset", default=DEFAULT_PRESET, show_default=True, help="llama.cpp file type."
 )
@@ -286,24 +344,34 @@ def calibrate(model: str, out: Path, as_json: bool, verbose: int, **options: Any
 @click.option("--imatrix", type=PATH, help="Use this importance matrix; do not calibrate.")
 @click.option("--no-imatrix", is_flag=True, help="Plan for rounding without calibration.")
 @click.option("--tensor-type-file", type=PATH, help="Also write the types for llama-quantize.")
+@forecasting
 @texts
 @source_input
 @workers
 @common
-def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> None:
+def plan(model: str | None, out: Path | None, as_json: bool, verbose: int, **options: Any) -> None:
     """Write the type of every tensor.
 
     llama.cpp's own mix for a file type, or the best types for a target (--size, --max-kld, ...).
-    export --plan accepts the plan back, edited or not.
+    export --plan accepts the plan back, edited or not. --dry-run writes and fetches nothing: it
+    tells bytes, memory and time of the export, from headers (a config.json is enough) and from
+    some seconds of timing this machine as it is now.
     """
     from edgeq import commands
 
+    is_dry = options["dry_run"]
+    _check_plan(model, out, options)
     recipe = Recipe(
-        model=model,
-        out=out.with_suffix(".gguf"),
+        model=model or options["shape"],
+        out=(out or Path("model.json")).with_suffix(".gguf"),
         preset=options["preset"],
         **_target(options, None if options["size"] is None else (options["size"],)),
+        plan=options["given"],
         quantizer=options["quantizer"],
+        effort=options["effort"],
+        transform=options["transform"],
+        fisher=options["fisher"],
+        tune_steps=options["tune_steps"],
         imatrix=options["imatrix"],
         use_imatrix=not options["no_imatrix"],
         texts=text_choice(options),
@@ -314,10 +382,33 @@ def plan(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -> 
         cluster_data=options["cluster_data"],
         allow_requantize=options["allow_requantize"],
         allow_pickle=options["allow_pickle"],
-        prove=False,
+        prove=is_dry and options["prove"],
+        baseline=is_dry and options["baseline"],
     )
-    result = commands.write_plan(recipe, out, options["tensor_type_file"], start(verbose))
+    steps = start(verbose)
+    if out is None:
+        from edgeq.forecast import forecast_here
+
+        found = forecast_here(recipe, options["shape"])
+        show(as_json, found.as_json(), found.as_text())
+        return
+    result = commands.write_plan(recipe, out, options["tensor_type_file"], steps)
     show(as_json, result.as_json(), result.as_text())
+
+
+def _check_plan(model: str | None, out: Path | None, options: dict[str, Any]) -> None:
+    """Refuse what contradicts itself: a dry run writes nothing, a plan is of a model."""
+    is_dry, shape = options["dry_run"], options["shape"]
+    if not is_dry and out is None:
+        raise EdgeqError("plan: no file to write. Give -o plan.json, or --dry-run.")
+    if not is_dry and (shape or options["given"] or options["baseline"]):
+        raise EdgeqError("--shape, --plan, --baseline: are of a dry run. Give --dry-run.")
+    if is_dry and (out is not None or options["tensor_type_file"] is not None):
+        raise EdgeqError("--dry-run: writes nothing. Leave -o and --tensor-type-file out.")
+    if is_dry and options["cluster"] is not None:
+        raise EdgeqError("--dry-run: asks no cluster. Give --jobs N for N workers.")
+    if (model is None) == (shape is None):
+        raise EdgeqError("plan: give MODEL, or a dry run's --shape; one of them.")
 
 
 @cli.command()
@@ -337,11 +428,13 @@ def plugins(as_json: bool, verbose: int, threads: int | None) -> None:
 
 
 def _choose_instructions() -> None:
-    """Force the kernels' instruction set before anything is compiled."""
+    """Force the kernels' instruction set and family before anything is compiled."""
+    from cpu_kernels.choice import wanted
     from cpu_kernels.isa import chosen
 
     try:
         chosen()
+        wanted()
     except ValueError as error:
         raise EdgeqError(str(error)) from error
 
@@ -350,19 +443,31 @@ def main() -> None:
     """Run the command line; the console script."""
     from converters.errors import ConversionError
 
+    log = Log()
+    code, line = 0, ""
     try:
-        if os.environ.get("EDGEQ_ISA"):
-            _choose_instructions()
-        cli(standalone_mode=False)
+        with stoppable():
+            cli(standalone_mode=False, obj=log)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("edgeq: interrupted. Run the same command again to go on.", err=True)
-        sys.exit(130)
+        code, line = error.exit_code, error.format_message()
+        if not log.owns_stderr:
+            error.show()
+    except (click.Abort, KeyboardInterrupt) as error:
+        code, line = ending(error.__cause__ or error)
     except (EdgeqError, ConversionError) as error:
-        click.echo(f"edgeq: {error}", err=True)
-        sys.exit(1)
+        code, line = 1, f"edgeq: {error}"
+    except SystemExit as error:  # a command that has said all: a check that failed
+        code = error.code if isinstance(error.code, int) else 1
+        line = "the check failed" if code else ""
+    except BaseException as error:
+        log.end(1, f"bug: {type(error).__name__}: {error}")
+        raise
+    is_told = line.startswith("edgeq: ") and not log.owns_stderr
+    log.end(code, line.removeprefix("edgeq: "))
+    if is_told:
+        click.echo(line, err=True)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

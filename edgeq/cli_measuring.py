@@ -24,12 +24,12 @@ from edgeq.cli_options import (
 @click.option("--text", "eval_text", multiple=True, metavar="FILE", help="Text to judge on.")
 @click.option(
     "--tasks",
-    type=PATH,
     multiple=True,
-    metavar="FILE",
-    help="Questions: HellaSwag as text; ARC, PIQA, LAMBADA, your own as JSONL; repeatable.",
+    metavar="FILE|SUITE",
+    help="Questions: HellaSwag as text; ARC, PIQA, LAMBADA, your own as JSONL; or kick, a suite "
+    "that needs no file, and kick:PART,... of it; repeatable.",
 )
-@click.option("--task-items", type=click.IntRange(1), help="Ask so many items of each file.")
+@click.option("--task-items", type=click.IntRange(1), help="Ask so many items of each.")
 @click.option("--ctx", "n_ctx", type=int, help="Tokens of one chunk. Default: 512.")
 @click.option("--chunks", "eval_chunks", type=int, help="Judge on at most so many chunks.")
 @click.option("--force", is_flag=True, help="Accept text that calibration has seen.")
@@ -53,7 +53,7 @@ def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: An
     if options["reference"] is None and not alone:
         raise click.UsageError("Missing option '--reference'. Only --tasks can do without.")
     if options["task_items"] is not None and not options["tasks"]:
-        raise click.UsageError("--task-items: no tasks. Give --tasks FILE, one or several.")
+        raise click.UsageError("--task-items: no tasks. Give --tasks, one or several.")
     result = commands.evaluate(
         files,
         options["reference"],

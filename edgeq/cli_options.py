@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edgeq.console import Steps
+from edgeq.logs import Log
 from edgeq.recipe import AUTO_TEXT, DEFAULT_COSTS, TextChoice
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -136,6 +137,19 @@ allocation = options_of(
     click.option("--types", metavar="TYPE,...", help="Types that tensors may get, like Q4_K,Q6_K."),
     click.option("--policy", type=PATH, help="Apply a trained policy: --allocator ramp:policy=."),
 )
+forecasting = options_of(
+    click.option(
+        "--dry-run", is_flag=True, help="Say what the export would take; only headers are read."
+    ),
+    click.option("--shape", metavar="NAME", help="Dry run of 1B, 8B, 70B, 405B or 30B-A3B."),
+    click.option("--effort", default="default", show_default=True, help="See export."),
+    click.option("--transform", default="auto", show_default=True, help="See export."),
+    click.option("--fisher", type=float, help="See export."),
+    click.option("--tune", "tune_steps", type=int, metavar="STEPS", help="See export."),
+    click.option("--plan", "given", type=PATH, help="Dry run of the types of a plan.json."),
+    click.option("--prove/--no-prove", default=True, help="Count the proof in a dry run."),
+    click.option("--baseline", is_flag=True, help="Count llama.cpp's own file in a dry run."),
+)
 evaluation = options_of(
     click.option(
         "--eval-text",
@@ -151,9 +165,15 @@ def start(verbose: int) -> Steps:
     """Set up logging and return the steps that a command will take."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    context = click.get_current_context(silent=True)
+    log = None if context is None else context.find_object(Log)
+    if log is not None and log.is_open:  # its handler takes what is not shown, too
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(level)
+        level = min(level, logging.INFO)
     for name in ("edgeq", "converters"):
         logging.getLogger(name).setLevel(level)
-    return Steps()
+    return Steps(bars=False if log is not None and log.owns_stderr else None)
 
 
 def show(as_json: bool, result: dict[str, Any], text: str) -> None:

@@ -1,9 +1,12 @@
 """What the command line shows: progress bars on stderr, tables on stdout."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as a step goes on."""
@@ -31,15 +34,20 @@ class Steps:
     def step(self, name: str) -> Iterator[Progress]:
         """Time the block as `name` and give the function that it reports progress to."""
         started = time.perf_counter()
+        state = "failed"
+        logger.info("%s", name, extra={"event": "step", "step": name, "state": "begun"})
         try:
             if self._bars:
                 with _bar(name, started) as progress:
                     yield progress
             else:
                 yield lambda done, total: None
+            state = "done"
         finally:
             spent = time.perf_counter() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            extra = {"event": "step", "step": name, "state": state, "seconds": round(spent, 3)}
+            logger.info("%s: %s, %.1f s", name, state, spent, extra=extra)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ from edgeq.recipe import Recipe
 from edgeq.results import FileResult, Measured, Report
 from edgeq.roundings import Roundings
 from edgeq.runtime.presets import find_preset
+from edgeq.seals import read_private_key, sealed
 from edgeq.workdir import WorkDirectory, replacing
 
 _DIVERGENCE_TRIES = 4
@@ -222,6 +223,8 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
     """Refuse at once, not after a calibration, what was given and does not fit the model."""
     read = (*reference.file.paths, recipe.imatrix, recipe.plan, *recipe.texts.files)
     check_output(recipe.out, read)
+    if recipe.sign is not None:
+        read_private_key(recipe.sign)
     if recipe.modelfile:
         check_modelfile(recipe.out)
     imatrix = given_imatrix(recipe.imatrix, reference.file)
@@ -398,11 +401,13 @@ def _write(
     steps: Steps,
 ) -> list[Path]:
     with steps.step("write") as progress:
+        sources = layers.sources(plan, reference.file)
+        fields = sealed(fields, sources, recipe.sign)
         total = sum(tensor_bytes(entry.qtype, entry.shape) for entry in plan.entries)
         return write_gguf(
             recipe.out,
             fields,
-            layers.sources(plan, reference.file),
+            sources,
             split_max_bytes=recipe.split_max_bytes,
             progress=counting(progress, total),
         )

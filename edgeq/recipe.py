@@ -209,6 +209,7 @@ class Recipe:
     prove : measure the file against the reference afterwards
     baseline : also quantize with llama.cpp itself at the same types and measure both
     modelfile : write Ollama's ``Modelfile`` beside `out`
+    sign : private key that signs `out`, see ``edgeq.seals``
     label : what provenance calls the model, where `model` is a temporary directory
     """
 
@@ -243,6 +244,7 @@ class Recipe:
     prove: bool = True
     baseline: bool = False
     modelfile: bool = False
+    sign: Path | None = None
     label: str | None = None
 
     def __post_init__(self) -> None:
@@ -325,7 +327,7 @@ class Recipe:
         """Return what shapes the bytes of the output, for its provenance."""
         # prove is not among them: it decides whether a part of the text is held out
         placing = {"out", "work", "n_threads", "jobs", "cluster", "cluster_data"}
-        placing |= {"baseline", "allow_pickle", "modelfile", "label"}
+        placing |= {"baseline", "allow_pickle", "modelfile", "sign", "label"}
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in placing}
         fields["model"] = self.label or self.model
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 
 from converters import output
 from edgeq.errors import RecipeError
+from edgeq.stopping import remember
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,8 @@ class WorkDirectory:
                 if os.listdir(self.path) == ["lock"]:
                     (self.path / "lock").unlink()
                     self.path.rmdir()
+        if self.made or self.reused:
+            remember(error, self.path)
         self._lock.close()
 
     def artefact(self, name: str, inputs: Inputs, make: Callable[[Path], object]) -> Path:
@@ -162,10 +166,12 @@ class WorkDirectory:
         path = self.path / name
         record = path.with_name(path.name + ".made.json")
         if self._fits(path, record, inputs):
-            logger.info("reused %s", path)
+            extra = {"event": "artefact", "artefact": name, "state": "reused", "path": str(path)}
+            logger.info("reused %s", path, extra=extra)
             self.reused.append(name)
             return path
         record.unlink(missing_ok=True)
+        started = time.perf_counter()
         with replacing(path) as temporary:
             make(temporary)
             digest = file_sha256(temporary)
@@ -173,6 +179,9 @@ class WorkDirectory:
             content = {"inputs": dict(inputs), "sha256": digest}
             temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         self.made.append(name)
+        extra = {"event": "artefact", "artefact": name, "state": "made", "path": str(path)}
+        spent = round(time.perf_counter() - started, 3)
+        logger.info("made %s", path, extra={**extra, "seconds": spent})
         return path
 
     def has(self, name: str, inputs: Inputs) -> bool:

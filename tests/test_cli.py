@@ -240,7 +240,8 @@ def test_plugins_lists_quantizers_and_architectures():
     values = done("plugins", "--json").json()
     rtn = {"name": "rtn", "target": "edgeq.quantizers.rtn:RoundToNearest", "origin": "edgeq"}
     gptq = {"name": "gptq", "target": "edgeq.quantizers.gptq:Gptq", "origin": "edgeq"}
-    assert values["quantizer"] == [gptq, rtn]
+    learned = {"name": "learned", "target": "edgeq.quantizers.learned:Learned", "origin": "edgeq"}
+    assert values["quantizer"] == [gptq, learned, rtn]
     assert "llama" in {each["name"] for each in values["architecture"]}
     assert "quantizer      rtn              edgeq\n" in done("plugins").out
 

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from converters.gguf_file import Field, TensorSource, open_gguf, write_gguf
 from edgeq.differing import Side, decoding, diff, screen
 from edgeq.differing.comparing import Pair, Settings, compare, first_difference
-from edgeq.differing.decoding import same_sample, sample, write
+from edgeq.differing.decoding import same_sample
 from edgeq.differing.diffing import odd_classes
 from edgeq.differing.prompts import REFUSALS, is_refusal, read_prompts, read_refusals
 from edgeq.differing.results import ClassDivergence, clustered
@@ -20,6 +20,7 @@ from edgeq.errors import EvaluationError
 from edgeq.quantizers import Inputs, make_quantizer
 from edgeq.runtime.encoders import encode
 from edgeq.runtime.model import Model
+from edgeq.texts.writing import Reader, sample, write
 from tests import mix_gguf, tiny_gguf
 from tests.command_line import done, refused, run
 
@@ -282,7 +283,7 @@ def test_search_finds_what_is_no_better_than_the_given_prompts(pair, prompts):
     n_encoded = []
     with Pair(Side(pair[0]), Side(pair[1]), max(map(len, tokens)), Settings(N_TOKENS), 1) as both:
         answers = compare(both, read, tokens).answers
-        encode_texts = decoding.Reader(both.first).tokens
+        encode_texts = Reader(both.first).tokens
 
         def encode(texts):
             n_encoded.append(len(texts))

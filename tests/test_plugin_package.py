@@ -75,6 +75,7 @@ def test_plugins_lists_it_with_its_origin(site):
         ["quantizer", "nudge", "edgeq-example"],
         ["allocator", "uniform", "edgeq-example"],
         ["architecture", "llama", "edgeq-example"],
+        ["task", "counting", "edgeq-example"],
         ["task", "yes-no", "edgeq-example"],
     ]
     assert ["task", "lambada", "edgeq"] in lines
@@ -99,7 +100,7 @@ def test_everything_is_used_by_name(site, checkpoint, texts, tmp_path):
     facts = report["rounding"]["tensors"]["blk.0.ffn_up.weight"]
     assert facts["nudged_rows"] >= 0
     assert report["provenance"]["versions"]["edgeq-example"] == "1.0"
-    assert "unknown quantizer 'nudge'; known: auto, gptq, rtn." in edgeq(*command).stderr
+    assert "unknown quantizer 'nudge'; known: auto, gptq, learned, rtn." in edgeq(*command).stderr
 
     tasks = tmp_path / "tasks.jsonl"
     items = [{"passage": "the fox", "question": "is it a dog", "yes": n > 0} for n in range(2)]
@@ -110,6 +111,9 @@ def test_everything_is_used_by_name(site, checkpoint, texts, tmp_path):
     (task,) = found["tasks"]
     assert (task["kind"], task["n_items"]) == ("yes-no", 2)
     assert "no known kind of task" in edgeq("evaluate", out, "--tasks", tasks).stderr
+    asked = ("evaluate", out, "--tasks", "counting:up", "--task-items", "3", "--no-speed", "--json")
+    (task,) = json.loads(done(*asked, sites=[site]))["tasks"]
+    assert (task["kind"], task["n_items"], len(task["texts"])) == ("counting", 3, 3)
     tasks.write_text(json.dumps({**items[0], "yes": "no"}))
     with_text = edgeq("evaluate", out, "--tasks", tasks, sites=[site])
     assert with_text.returncode == 1

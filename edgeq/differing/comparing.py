@@ -10,12 +10,13 @@ import numpy as np
 from converters.gguf_file import open_gguf
 from cpu_kernels.divergence import divergence
 from edgeq.console import Progress
-from edgeq.differing.decoding import N_SEQ, Doubles, Side, along, same_sample, write
+from edgeq.differing.decoding import Side, along, same_sample
 from edgeq.differing.prompts import REFUSALS, Prompt, is_refusal
 from edgeq.differing.results import TEMPERATURES, Answer, Difference, Forced
 from edgeq.errors import EvaluationError
 from edgeq.runtime.model import Model, Tokens
 from edgeq.runtime.vocabulary import vocabulary_digest
+from edgeq.texts.writing import N_SEQ, Doubles, write
 
 _ROOM = 32  # tokens that a mutated prompt may have more than the longest
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeq.console import Steps
 from edgeq.differing.comparing import Pair, Settings, check_vocabularies, compare
-from edgeq.differing.decoding import Reader, Side, read_tokens
+from edgeq.differing.decoding import Side, read_tokens
 from edgeq.differing.prompts import Prompt, read_prompts, read_refusals
 from edgeq.differing.results import ClassDivergence, Difference
 from edgeq.differing.screen import Screen, screen
@@ -18,6 +18,7 @@ from edgeq.errors import EvaluationError
 from edgeq.registry import unknown_name
 from edgeq.runtime.model import CACHES, Tokens
 from edgeq.texts.chat_template import ChatTemplate
+from edgeq.texts.writing import Reader
 
 _CLASS_FACTOR = 4.0  # times the median divergence of the other classes
 _CLASS_ERRORS = 3.0  # standard errors that it must be above that

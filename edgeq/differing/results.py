@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.console import markdown_table
-from edgeq.differing.decoding import Doubles, Side
+from edgeq.differing.decoding import Side
 from edgeq.differing.prompts import Prompt, labels
+from edgeq.texts.writing import Doubles
 
 TEMPERATURES = (0.0, 0.5, 0.8)
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, math.inf)  # nats

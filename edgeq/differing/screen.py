@@ -175,11 +175,18 @@ def _screened(file: GgufFile, source: GgufFile, name: str) -> TensorScreen:
             f"{source.path}: {name}: got {original.qtype.name}, expected a float type. Give the "
             "float file that it was made from."
         )
-    weight = source.read_float(name).reshape(-1, tensor.shape[-1])
-    packed = file.read_bytes(name).reshape(len(weight), -1)
+    return measure_tensor(tensor, source.read_float(name), file.read_bytes(name))
+
+
+def measure_tensor(
+    tensor: TensorInfo, weight: FloatArray, packed: npt.NDArray[np.uint8]
+) -> TensorScreen:
+    """Return the errors of a tensor's packed data as a rounding of a weight of its shape."""
+    weight = weight.reshape(-1, tensor.shape[-1])
+    packed = packed.reshape(len(weight), -1)
     if tensor.qtype in _FLOATS:
         return _float_tensor(tensor, weight, decode(packed, tensor.qtype))
-    return measure(name, weight, packed, tensor.qtype)
+    return measure(tensor.name, weight, packed, tensor.qtype)
 
 
 def _float_tensor(tensor: TensorInfo, weight: FloatArray, values: FloatArray) -> TensorScreen:

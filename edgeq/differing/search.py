@@ -11,10 +11,10 @@ import numpy as np
 
 from edgeq.console import Progress
 from edgeq.differing.comparing import Pair, first_difference
-from edgeq.differing.decoding import N_SEQ, write
 from edgeq.differing.prompts import Prompt
 from edgeq.differing.results import Answer, Found
 from edgeq.runtime.model import Tokens
+from edgeq.texts.writing import N_SEQ, write
 
 N_PARENTS = 8  # that are mutated further
 N_REPORTED = 5

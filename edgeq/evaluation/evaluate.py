@@ -209,6 +209,7 @@ def evaluate(
     n_ctx: int | None = None,
     chunks: int | None = None,
     n_threads: int | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare a GGUF file with its reference on a text.
@@ -222,6 +223,7 @@ def evaluate(
     n_ctx : tokens of one chunk; default 512, or that of a stored reference
     chunks : at most so many
     n_threads : default all CPUs
+    adapter : a LoRA adapter that the file to judge is run with
     progress : called with (chunks done, chunks in all)
 
     Raises
@@ -245,7 +247,7 @@ def evaluate(
             raise EvaluationError(
                 f"evaluate: n_ctx is {n_ctx}; the smallest is {chunking.MIN_CTX}."
             )
-        model = stack.enter_context(open_model(path, n_ctx, n_threads))
+        model = stack.enter_context(open_model(path, n_ctx, n_threads, adapter))
         opened.check(model)
         agreed = _agreed_chunks(model, text, opened, n_ctx, chunks)
         opened.begin(n_ctx)

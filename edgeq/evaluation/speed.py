@@ -60,11 +60,13 @@ def measure_speeds(
     n_gen: int = 32,
     repetitions: int = 5,
     n_threads: int | None = None,
+    adapters: Sequence[Path | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Speed]:
     """Measure files in turn, again and again, so that a drift of the machine hits all alike.
 
-    All files are loaded at once; a first round warms up and is not counted.
+    All files are loaded at once, each with its LoRA adapter where `adapters` has one; a first round
+    warms up and is not counted.
 
     Raises
     ------
@@ -81,8 +83,10 @@ def measure_speeds(
     seconds: list[list[tuple[float, float]]] = [[] for _ in paths]
     with ExitStack() as stack:
         models = [
-            stack.enter_context(Model(path, n_ctx=n_prompt + n_gen, n_threads=n_threads))
-            for path in paths
+            stack.enter_context(
+                Model(path, n_ctx=n_prompt + n_gen, n_threads=n_threads, adapter=adapter)
+            )
+            for path, adapter in zip(paths, adapters or [None] * len(paths), strict=True)
         ]
         for repetition in range(repetitions + 1):
             for i, model in enumerate(models):

@@ -70,10 +70,10 @@ def open_reference(path: Path, n_threads: int | None) -> Reference:
     return ModelReference(path, n_threads)
 
 
-def open_model(path: Path, n_ctx: int, n_threads: int | None) -> Model:
+def open_model(path: Path, n_ctx: int, n_threads: int | None, adapter: Path | None = None) -> Model:
     """Load a file with room for the sequences of one batch of chunks of `n_ctx` tokens."""
     n_seq = chunking.sequences_at_once(n_ctx)
-    model = Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads)
+    model = Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads, adapter=adapter)
     n_ctx_train = model.n_ctx_train
     if n_ctx > n_ctx_train and "position_embd.weight" in open_gguf(path).tensors:
         model.close()  # there is no row for the position: llama.cpp would end the process

@@ -25,7 +25,11 @@ __all__ = [
 
 QUANTIZERS = Registry(
     "edgeq.quantizers",
-    {"rtn": "edgeq.quantizers.rtn:RoundToNearest", "gptq": "edgeq.quantizers.gptq:Gptq"},
+    {
+        "gptq": "edgeq.quantizers.gptq:Gptq",
+        "learned": "edgeq.quantizers.learned:Learned",
+        "rtn": "edgeq.quantizers.rtn:RoundToNearest",
+    },
 )
 
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")

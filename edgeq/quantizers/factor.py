@@ -114,7 +114,8 @@ def inverse_factor(hessian: FloatArray, order: Order) -> FloatArray:
 
     n = len(order)
     backward = order[::-1]
-    work = np.empty((n, n), np.float64, order="F")
+    memory = np.empty(n * n, np.float64)
+    work = memory.reshape((n, n), order="F")
     for first in range(0, n, _ROWS):
         work[:, first : first + _ROWS] = hessian[backward[first : first + _ROWS]][:, backward].T
     lower, failed = dpotrf(work, lower=1, clean=1, overwrite_a=1)
@@ -122,12 +123,16 @@ def inverse_factor(hessian: FloatArray, order: Order) -> FloatArray:
         lower, failed = dtrtri(lower, lower=1, overwrite_c=1)
     if failed or not np.isfinite(np.diagonal(lower)).all():
         raise np.linalg.LinAlgError("not positive definite")
-    upper = np.empty((n, n), np.float32)
-    for first in range(0, n, _ROWS):
-        upper[first : first + _ROWS] = lower[::-1][first : first + _ROWS, ::-1]
+    # rows and columns in the other direction are all entries in the other direction
+    upper = memory.view(np.float32)[: n * n]
+    for first in range(0, n * n, n * _ROWS):
+        upper[first : first + n * _ROWS] = memory[first : first + n * _ROWS].astype(np.float32)
+    del work, lower, upper
+    memory.resize((n * n + 1) // 2, refcheck=False)  # gives the other half back
+    upper = memory.view(np.float32)[: n * n][::-1]
     if not np.isfinite(upper).all():
         raise np.linalg.LinAlgError("overflow")
-    return upper
+    return upper.reshape((n, n), order="F")
 
 
 def error_bound(upper: FloatArray, steps: FloatArray) -> float:

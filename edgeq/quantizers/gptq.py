@@ -99,7 +99,7 @@ class Gptq:
         packed = encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name)
         if inputs.hessian is None:
             return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
-        _check(name, inputs.hessian, weight.shape)
+        check_moments(name, inputs.hessian, weight.shape)
         matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
         if qtype not in FORMATS and qtype not in LATTICES:
             return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
@@ -173,7 +173,14 @@ def row_losses(error: FloatArray, hessian: FloatArray) -> FloatArray:
     return losses
 
 
-def _check(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> None:
+def check_moments(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> None:
+    """Refuse second moments that do not belong to a weight of this shape, or are not finite.
+
+    Raises
+    ------
+    CalibrationError
+        They are not usable.
+    """
     n_mat, n_in = (1 if len(shape) == 2 else shape[0]), shape[-1]
     n = len(hessian)
     if hessian.shape != (n, n_in, n_in) or not n or n % n_mat or n_mat * shape[-2] % n:

@@ -213,12 +213,14 @@ def _tasks(tasks: Sequence[SavedTask]) -> Markup | None:
     for task in tasks:
         row = [f"{task.name}, {task.label}", f"{task.n_items:,}", _share(task.accuracy)]
         if task.reference is None:
-            rows.append([*row, "–", "–", "–", "–"])
+            rows.append([*row, "–", "–", "–", "–", "–"])
             continue
         changed = f"{task.to_wrong} / {task.to_right}"
         agreement, p = f"{100 * task.agreement:.2f} %", number(task.p_value)
-        rows.append([*row, _share(task.reference), changed, agreement, p])
-    header = ["task", "items", "right", "reference", "to wrong / right", "same answer", "p"]
+        text = "–" if task.same_text is None else f"{100 * task.same_text:.2f} %"
+        rows.append([*row, _share(task.reference), changed, agreement, p, text])
+    changes = ["to wrong / right", "same answer", "p", "same text"]
+    header = ["task", "items", "right", "reference", *changes]
     caption = "Answers, with 95 % intervals; p of McNemar's exact test against the reference"
     return _section("Tasks", table(caption, header, rows))
 

@@ -93,6 +93,7 @@ class SavedTask:
     to_right: int
     agreement: float
     p_value: float
+    same_text: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,6 +280,7 @@ def _tensor(name: str, values: Mapping[str, Any], facts: Mapping[str, Any]) -> S
 def _task(values: Mapping[str, Any]) -> SavedTask:
     reference, against = values.get("reference"), values.get("comparison")
     known = None if reference is None or against is None else against
+    texts = None if known is None else known.get("texts")  # None: nothing was written
     return SavedTask(
         name=Path(str(values["task"])).name,
         label=str(values["file"]),
@@ -289,6 +291,7 @@ def _task(values: Mapping[str, Any]) -> SavedTask:
         to_right=0 if known is None else _count(known["to_right"]),
         agreement=1.0 if known is None else _share(known["agreement"])[0],
         p_value=1.0 if known is None else _number(known["p_value"]),
+        same_text=None if texts is None else _share(texts["same"])[0],
     )
 
 

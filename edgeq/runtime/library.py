@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from edgeq.errors import RuntimeLibraryError
+from edgeq.stopping import called_from_c
 
 GGML_MAX_DIMS = 4
 GGML_MAX_SRC = 10
@@ -82,6 +83,7 @@ class Library:
         self._log: deque[str] = deque(maxlen=200)
         self._collectors: list[list[str]] = []
 
+        @called_from_c
         def keep(level: int, text: bytes, _user_data: object) -> None:
             piece = text.decode("utf-8", "replace")
             self._log.append(piece)

@@ -18,6 +18,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -127,24 +128,33 @@ class Observer:
 
     @contextlib.contextmanager
     def holding_interrupts(self) -> Iterator[None]:
-        """Turn Ctrl-C inside the block into an error of this observer, see ``raise_error``.
+        """Turn Ctrl-C and SIGTERM in the block into an error of this observer, see ``raise_error``.
 
         Raised as usual it could hit the callback outside of its ``try``: ctypes would only print
         it, and the input of one product would be missing without a trace.
         """
-        is_main = threading.current_thread() is threading.main_thread()
-        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        known = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
-        def hold(_number: int, _frame: object) -> None:
-            self._error = KeyboardInterrupt()
+        def hold(number: int, frame: FrameType | None) -> None:
+            handler = known[number]
+            try:
+                if callable(handler):
+                    handler(number, frame)
+            except KeyboardInterrupt as error:
+                self._error = error
 
-        signal.signal(signal.SIGINT, hold)
+        held = [number for number, handler in known.items() if callable(handler)]
+        for number in held:
+            signal.signal(number, hold)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in held:
+                if signal.getsignal(number) is hold:  # the handler may have set another
+                    signal.signal(number, known[number])
 
     def raise_error(self) -> None:
         """Raise what `on_input` raised since the last call, if anything.

@@ -7,17 +7,19 @@ The format is told from the content:
     piqa       JSONL of goal, sol1 and sol2; "label" in the line, or a line each in NAME-labels.lst
     lambada    JSONL of text, whose last word is to be found
     choice     JSONL of context, endings and label, for tasks of one's own
+    open       JSONL of prompt and answer: the model writes, see ``edgeq.tasks.open_items``
 
 ARC and PIQA are asked as lm-evaluation-harness does: a line ``Question: ...``, then ``Answer:``.
 
-Other distributions add formats of JSONL through the entry-point group ``edgeq.tasks`` (each entry
-point loads to a ``TaskFormat``). The format of most fields that the first line has is taken.
+Other distributions add formats of JSONL through the entry-point group ``edgeq.tasks`` (an entry
+point loads to a ``TaskFormat``, or to a ``Suite`` of items that need no file). The format of most
+fields that the first line has is taken.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,23 +55,63 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
-    """The items of one file.
+class OpenItem:
+    """A prompt after which the model writes greedily.
 
     Attributes
     ----------
-    kind : hellaswag, or the name of a format of JSONL
+    prompt : verbatim
+    answers : what `match` takes: accepted answers, or the argument of an instruction
+    match : how the text is judged, a name of ``edgeq.tasks.matching.MATCHES``
+    stop : the text ends before the first of these, white space at its beginning not counted
+    max_tokens : that are written
+    line : where the item stands in its file, from 1
+    chat : wrap the prompt as a user's message, by the file's chat template
+    group : what it has in common with others; results are counted by group too
     """
 
-    path: Path
+    prompt: str
+    answers: tuple[str, ...]
+    match: str
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 32
+    line: int = 0
+    chat: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The items of one file, or of one part of a suite.
+
+    Attributes
+    ----------
+    source : path of the file, or the part's name
+    kind : hellaswag, the name of a format of JSONL, or of a suite
+    unit : what ``line`` of an item counts
+    """
+
+    source: str
     kind: str
-    items: tuple[Item, ...]
+    items: tuple[Item | OpenItem, ...]
+    unit: str = "line"
 
     @property
     def items_sha256(self) -> str:
         """A hash of what is asked, in order."""
-        values = [[item.context, item.endings, item.answer] for item in self.items]
+        values = [_asked(item) for item in self.items]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def where(self, item: Item | OpenItem) -> str:
+        """Return where an item stands, for messages."""
+        return f"{self.source}: {self.unit} {item.line}"
+
+
+def _asked(item: Item | OpenItem) -> list[object]:
+    if isinstance(item, Item):
+        return [item.context, item.endings, item.answer]
+    limits = [item.stop, item.max_tokens, item.chat]
+    return [item.prompt, item.match, item.answers, *limits]
 
 
 def read_task(path: Path | str, n_items: int | None = None) -> Task:
@@ -86,13 +128,14 @@ def read_task(path: Path | str, n_items: int | None = None) -> Task:
     """
     path = Path(path)
     text = _read(path)
+    items: list[Item | OpenItem]
     if text.lstrip().startswith("{"):
         kind, items = _read_jsonl(path, text)
     else:
         kind, items = "hellaswag", list(_read_hellaswag(path, text))
     if n_items is not None and n_items < len(items):
         items = [items[i] for i in choose(len(items), n_items)]
-    return Task(path, kind, tuple(items))
+    return Task(str(path), kind, tuple(items))
 
 
 def choose(n_items: int, n_chosen: int) -> list[int]:
@@ -250,33 +293,71 @@ class TaskFormat:
     """
 
     fields: frozenset[str]
-    read: Callable[[Record], Item]
+    read: Callable[[Record], Item | OpenItem]
 
 
 CHOICE = TaskFormat(frozenset({"context", "endings"}), _choice)
 ARC = TaskFormat(frozenset({"question", "answerKey"}), _arc)
 PIQA = TaskFormat(frozenset({"goal", "sol1", "sol2"}), _piqa)
 LAMBADA = TaskFormat(frozenset({"text"}), _lambada)
+
+
+@dataclass(frozen=True)
+class SuitePart:
+    """Items made by a program.
+
+    Attributes
+    ----------
+    make : called with a seeded stream of random numbers, how many items are wanted and whether
+        prompts become messages of a chat; returns so many different items, fewer if there are no
+        more
+    n_items : that are asked by default
+    """
+
+    make: Callable[[np.random.RandomState, int, bool], Sequence[Item | OpenItem]]
+    n_items: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Items that need no file, in parts that can be asked alone."""
+
+    parts: Mapping[str, SuitePart]
+
+
 TASKS = Registry(
     "edgeq.tasks",
-    {name: f"edgeq.tasks.items:{name.upper()}" for name in ("arc", "choice", "lambada", "piqa")},
+    {name: f"edgeq.tasks.items:{name.upper()}" for name in ("arc", "choice", "lambada", "piqa")}
+    | {"kick": "edgeq.tasks.kick:SUITE", "open": "edgeq.tasks.open_items:OPEN"},
 )
+
+
+def known_tasks() -> dict[str, TaskFormat | Suite]:
+    """Return everything that edgeq and other distributions bring, by name.
+
+    Raises
+    ------
+    RegistryError
+        An entry point cannot be imported, or loads to something else.
+    """
+    found = {name: TASKS.get(name) for name in TASKS.names()}
+    for name, one in found.items():
+        if not isinstance(one, TaskFormat | Suite):
+            plugin = TASKS.plugins[name]
+            raise RegistryError(
+                f"task {name!r} of {plugin.origin}: {plugin.target} is of type "
+                f"{type(one).__name__}, expected a TaskFormat or a Suite. Ask those who made it."
+            )
+    return found
 
 
 def _formats() -> dict[str, TaskFormat]:
     """Return every format by name, those of more fields first."""
-    found = {name: TASKS.get(name) for name in TASKS.names()}
-    for name, one in found.items():
-        if not isinstance(one, TaskFormat):
-            plugin = TASKS.plugins[name]
-            raise RegistryError(
-                f"task {name!r} of {plugin.origin}: {plugin.target} is of type "
-                f"{type(one).__name__}, expected a TaskFormat. Ask those who made it."
-            )
+    found = {name: one for name, one in known_tasks().items() if isinstance(one, TaskFormat)}
     return dict(sorted(found.items(), key=lambda pair: (-len(pair[1].fields), pair[0] != "choice")))
 
 
-def _read_jsonl(path: Path, text: str) -> tuple[str, list[Item]]:
+def _read_jsonl(path: Path, text: str) -> tuple[str, list[Item | OpenItem]]:
     records = list(_records(path, text))
     first, formats = records[0], _formats()
     kinds = [kind for kind, one in formats.items() if one.fields <= first.values.keys()]

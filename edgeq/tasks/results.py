@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from edgeq.console import Steps, markdown_table
 from edgeq.errors import EvaluationError
 from edgeq.runtime.model import Model
 from edgeq.runtime.vocabulary import vocabulary_digest
-from edgeq.tasks.comparison import Comparison, Share, accuracy, compare
-from edgeq.tasks.items import Task
-from edgeq.tasks.scoring import ItemScore, score_tasks
+from edgeq.tasks.answering import OpenScore, prompts_of, write_answers
+from edgeq.tasks.comparison import Comparison, Score, Share, accuracy, compare
+from edgeq.tasks.items import Item, OpenItem, Task
+from edgeq.tasks.scoring import score_tasks
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class TaskResult:
     label: str
     path: Path
     task: Task
-    scores: Sequence[ItemScore]
+    scores: Sequence[Score]
     reference_path: Path | None = None
-    reference: Sequence[ItemScore] | None = None
+    reference: Sequence[Score] | None = None
 
     @property
     def accuracy(self) -> Share:
@@ -44,11 +46,14 @@ class TaskResult:
         return None if self.reference is None else compare(self.scores, self.reference)
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON values; the items' answers as words, in order, with 1 where right."""
+        """Return JSON values.
+
+        Answers are words in the items' order, written texts a list; `right` has 1 where right.
+        """
         found = self.comparison
         comparison = None if found is None else dataclasses.asdict(found)
         return {
-            "task": str(self.task.path),
+            "task": self.task.source,
             "kind": self.task.kind,
             "n_items": len(self.scores),
             "items_sha256": self.task.items_sha256,
@@ -64,14 +69,33 @@ class TaskResult:
                 **_answers(self.reference),
             },
             "comparison": comparison,
+            "groups": self.groups(),
         }
 
+    def groups(self) -> dict[str, dict[str, int]]:
+        """Return how many items of each group are right, and how the reference's are."""
+        found: dict[str, dict[str, int]] = {}
+        for i, (item, own) in enumerate(zip(self.task.items, self.scores, strict=True)):
+            if isinstance(item, OpenItem) and item.group:
+                counts = found.setdefault(item.group, {"n_items": 0, "right": 0})
+                counts["n_items"] += 1
+                counts["right"] += own.is_right
+                if self.reference is not None:
+                    other = self.reference[i]
+                    names = {"reference_right": other.is_right, "same": own.answer == other.answer}
+                    for name, is_so in names.items():
+                        counts[name] = counts.get(name, 0) + is_so
+        return found
 
-def _answers(scores: Sequence[ItemScore]) -> dict[str, str]:
-    return {
-        "answers": " ".join(",".join(map(str, score.answer)) for score in scores),
-        "right": "".join(str(int(score.is_right)) for score in scores),
-    }
+
+def _answers(scores: Sequence[Score]) -> dict[str, Any]:
+    right = "".join(str(int(score.is_right)) for score in scores)
+    texts = [score.text for score in scores if isinstance(score, OpenScore)]
+    chosen = [
+        ",".join(map(str, score.answer)) for score in scores if not isinstance(score, OpenScore)
+    ]
+    answers = {"answers": " ".join(chosen)} if chosen else {}
+    return {**answers, **({"texts": texts} if texts else {}), "right": right}
 
 
 def ask(
@@ -87,7 +111,8 @@ def ask(
     Raises
     ------
     EvaluationError
-        A file has another vocabulary than the reference, or an item does not fit it.
+        A file has another vocabulary or chat template than the reference, or an item does not fit
+        it.
     """
     for path in files.values():
         if reference is not None and _vocabulary(path) != _vocabulary(reference):
@@ -95,10 +120,25 @@ def ask(
                 f"{reference}: has another vocabulary than {path}, expected the same tokens. "
                 "Compare files of one model, or leave --reference out."
             )
+    prompts = {path: prompts_of(path, tasks) for path in (*files.values(), reference) if path}
+    for path in files.values():  # before anything takes time
+        pairs = zip(prompts[path], prompts[reference or path], strict=True)
+        if any(own.tolist() != other.tolist() for own, other in pairs):
+            raise EvaluationError(
+                f"{path}: its chat template makes other prompts than that of {reference}, expected "
+                "the same. Ask without chat, or give both files one template."
+            )
 
-    def scores_of(path: Path) -> list[list[ItemScore]]:
+    def scores_of(path: Path) -> list[list[Score]]:
         with steps.step(f"tasks {path.name}") as progress:
-            return score_tasks(path, tasks, n_threads=n_threads, progress=progress)
+            scores = score_tasks(path, tasks, n_threads=n_threads, progress=progress)
+        with steps.step(f"tasks {path.name}") as progress:
+            texts = write_answers(path, tasks, n_threads=n_threads, progress=progress)
+        endings, written = chain.from_iterable(scores), chain.from_iterable(texts)
+        return [
+            [next(endings) if isinstance(item, Item) else next(written) for item in task.items]
+            for task in tasks
+        ]
 
     expected = [None] * len(tasks) if reference is None else scores_of(reference)
     found = {label: scores_of(path) for label, path in files.items()}
@@ -117,20 +157,25 @@ def _vocabulary(path: Path) -> str:
 def tasks_table(results: Sequence[TaskResult]) -> str:
     """Return the table of tasks: accuracy, and what changed against the reference."""
     header = ["task", "file", "items", "accuracy (95 %)"]
-    compared = any(result.reference is not None for result in results)
-    if compared:
+    found = [result.comparison for result in results]
+    if any(each is not None for each in found):
         header += ["reference (95 %)", "same answer", "to wrong", "to right", "McNemar's p"]
-    return markdown_table(header, [_row(result, compared) for result in results])
+    if any(each is not None and each.texts is not None for each in found):
+        header += ["same text", "overlap"]
+    rows = [_row(result, own) for result, own in zip(results, found, strict=True)]
+    return markdown_table(header, [row + ["–"] * (len(header) - len(row)) for row in rows])
 
 
-def _row(result: TaskResult, compared: bool) -> list[str]:
-    row = [result.task.path.name, result.label, f"{len(result.scores)}", _share(result.accuracy)]
-    found = result.comparison
+def _row(result: TaskResult, found: Comparison | None) -> list[str]:
+    name = Path(result.task.source).name
+    row = [name, result.label, f"{len(result.scores)}", _share(result.accuracy)]
     if found is not None:
         same = f"{100 * found.agreement.value:.2f} %"
         flips = [f"{found.to_wrong}", f"{found.to_right}"]
         row += [_share(found.reference), same, *flips, f"{found.p_value:.3g}"]
-    return row + ["–"] * (5 if compared and found is None else 0)
+        if found.texts is not None:
+            row += [f"{100 * found.texts.same.value:.2f} %", f"{found.texts.overlap:.3f}"]
+    return row
 
 
 def _share(share: Share) -> str:

@@ -104,7 +104,7 @@ def score_tasks(
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[list[ItemScore]]:
-    """Ask a GGUF file the items of several tasks; one list of scores a task.
+    """Ask a GGUF file the items of several tasks that have endings; one list of scores a task.
 
     Parameters
     ----------
@@ -120,11 +120,13 @@ def score_tasks(
     """
     with Model(path, vocab_only=True) as model:
         asked = [
-            [encode(model, item, f"{task.path}: line {item.line}") for item in task.items]
+            [encode(model, i, task.where(i)) for i in task.items if isinstance(i, Item)]
             for task in tasks
         ]
         shares = model.shares_tokens
     everything = [question for questions in asked for question in questions]
+    if not everything:
+        return [[] for _ in tasks]
     n_seq = max([N_SEQ, *(len(question.endings) for question in everything)])
     n_largest = max(question.n_tokens(shares=shares) for question in everything)
     n_ctx = max(N_CTX, -(-n_largest // n_seq))

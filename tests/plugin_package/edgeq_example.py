@@ -10,7 +10,7 @@ from edgeq.allocation import Allocation, Budget, Problem
 from edgeq.allocation.costs import size_alone
 from edgeq.quantizers import Inputs, Rounded
 from edgeq.runtime.encoders import decode, encode
-from edgeq.tasks import Item, Record, TaskFormat
+from edgeq.tasks import Item, OpenItem, Record, Suite, SuitePart, TaskFormat
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,14 @@ def _yes_no(record: Record) -> Item:
 
 
 YES_NO = TaskFormat(frozenset({"passage", "question", "yes"}), _yes_no)
+
+
+def _counting(random, n_items, chat):
+    """Return items that need no file; see ``edgeq.tasks.SuitePart``."""
+    return [
+        OpenItem(f"{n}, {n + 1}, {n + 2},", (f"{n + 3}",), "starts_with", max_tokens=4, chat=chat)
+        for n in random.permutation(90)[:n_items].tolist()
+    ]
+
+
+COUNTING = Suite({"up": SuitePart(_counting, 20)})

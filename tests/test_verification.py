@@ -1,0 +1,207 @@
+"""``edgeq verify``: what is true holds, what is not differs; hashes and signatures."""
+
+import json
+
+import numpy as np
+import pytest
+from gguf import GGUFValueType
+
+from converters.gguf_file import Field, TensorSource, open_gguf, write_gguf
+from tests.command_line import done, refused, run
+
+VICTIM = "blk.1.ffn_up.weight"
+SHORT = ("--ctx", 64, "--chunks", 4, "--no-prove")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, texts, tmp_path_factory):
+    """Files of several recipes, by name."""
+    directory = tmp_path_factory.mktemp("exported")
+    flags = {
+        "plain": ("--type", "Q4_0", "--quantizer", "rtn", "--no-imatrix", "--no-prove"),
+        "weighted": ("--type", "Q4_0", "--quantizer", "rtn", "--text", texts[0], *SHORT),
+        "auto": ("--type", "Q4_0", "--effort", "fast", "--text", texts[0], *SHORT),
+    }
+    for name, flag in flags.items():
+        done("export", tiny, directory / f"{name}.gguf", *flag)
+    return {name: directory / f"{name}.gguf" for name in flags}
+
+
+def changed(path, out, change=None, fields=None):
+    """Write a file again with another tensor VICTIM, or other metadata."""
+    file = open_gguf(path)
+
+    def source(name, tensor):
+        data = np.array(file.read_bytes(name))
+        if name == VICTIM and change is not None:
+            change(data)
+        return TensorSource(name, tensor.qtype, tensor.shape, lambda: data)
+
+    tensors = [source(*item) for item in file.tensors.items()]
+    write_gguf(out, file.fields | (fields or {}), tensors)
+    return out
+
+
+def verdicts(result):
+    return {one["name"]: one["verdict"] for one in result.json()["tensors"]}
+
+
+def verify(path, tiny, tmp_path, *flags):
+    return run("verify", path, "--source", tiny, "--json", "--work", tmp_path / "work", *flags)
+
+
+def test_rounding_to_nearest_is_derived_again_byte_for_byte(exported, tiny, tmp_path):
+    result = verify(exported["plain"], tiny, tmp_path)
+    assert result.code == 0
+    found = result.json()
+    assert found["holds"]
+    assert set(verdicts(result).values()) == {"identical"}
+    assert len(found["tensors"]) == found["n_tensors"]
+    assert "tensor data: as the file's own hash says" in found["facts"]
+    assert "types: those of Q4_0" in found["facts"]
+    assert found["limits"] == ["who made it: it is not signed"]
+
+
+def test_with_its_imatrix_a_file_is_identical_and_without_consistent(exported, tiny, tmp_path):
+    file = exported["weighted"]
+    result = verify(file, tiny, tmp_path)
+    assert result.code == 0
+    assert set(verdicts(result).values()) == {"identical", "consistent"}
+    imatrix = file.with_suffix(".edgeq") / "imatrix.gguf"
+    exact = verify(file, tiny, tmp_path, "--imatrix", imatrix)
+    assert set(verdicts(exact).values()) == {"identical"}
+
+
+def test_a_folded_file_is_consistent(exported, tiny, tmp_path):
+    result = verify(exported["auto"], tiny, tmp_path)
+    assert result.code == 0, result.json()["differences"]
+    assert set(verdicts(result).values()) == {"identical", "consistent"}
+    assert any(limit.startswith("that the codes are") for limit in result.json()["limits"])
+
+
+@pytest.mark.parametrize("name", ["plain", "weighted", "auto"])
+def test_a_tensor_of_other_weights_differs(name, exported, tiny, tmp_path):
+    def change(data):
+        data[: len(data) // 4, 4:] = 0xFF  # other codes, the same scales
+
+    path = changed(exported[name], tmp_path / "bad.gguf", change)
+    result = verify(path, tiny, tmp_path)
+    assert result.code == 1
+    assert {n for n, v in verdicts(result).items() if v == "differs"} == {VICTIM}
+    assert "tensor data: is not what the file's own hash says" in result.json()["differences"]
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "output_norm.weight"])
+def test_a_changed_norm_differs(name, exported, tiny, tmp_path):
+    file = open_gguf(exported["auto"])
+    values = file.read_float(name).copy()
+    values[3] *= 8
+    tensors = [
+        TensorSource(n, t.qtype, t.shape, lambda n=n: values if n == name else file.read_bytes(n))
+        for n, t in file.tensors.items()
+    ]
+    write_gguf(tmp_path / "bad.gguf", file.fields, tensors)
+    result = verify(tmp_path / "bad.gguf", tiny, tmp_path)
+    assert result.code == 1
+    assert "differs" in verdicts(result).values()
+
+
+def test_other_types_and_another_source_differ(exported, tiny, wide, tmp_path):
+    recipe = json.loads(open_gguf(exported["plain"]).value("edgeq.recipe"))
+    told = Field(json.dumps(recipe | {"preset": "Q5_0"}), GGUFValueType.STRING)
+    path = changed(exported["plain"], tmp_path / "lies.gguf", fields={"edgeq.recipe": told})
+    found = verify(path, tiny, tmp_path)
+    assert found.code == 1
+    assert any("expected Q5_0 by Q5_0" in line for line in found.json()["differences"])
+    other = verify(exported["plain"], wide, tmp_path / "other")
+    assert other.code == 1
+    assert "is not the recorded tiny.gguf" in other.json()["differences"][0]
+
+
+def test_a_sample_is_of_the_seed(exported, tiny, tmp_path):
+    def names(*flags):
+        return list(verdicts(verify(exported["plain"], tiny, tmp_path, "--tensors", 3, *flags)))
+
+    assert len(names("--seed", 1)) == 3
+    assert names("--seed", 1) == names("--seed", 1)
+    assert names("--seed", 1) != names("--seed", 2)
+    text = run("verify", exported["plain"], "--source", tiny, "--work", tmp_path / "work").out
+    assert "identical" in text
+    assert "--seed" in text
+
+
+def test_a_file_of_others_is_refused(tiny, tmp_path):
+    line = refused("verify", tiny, "--source", tiny, "--work", tmp_path / "work")
+    assert "edgeq did not write this file" in line
+    broken = changed(tiny, tmp_path / "b.gguf", fields=dict.fromkeys(
+        ("edgeq.source", "edgeq.recipe", "edgeq.method"), Field("{}", GGUFValueType.STRING)
+    ))  # fmt: skip
+    line = refused("verify", broken, "--source", tiny, "--work", tmp_path / "work")
+    assert "Another version of edgeq wrote it" in line
+
+
+# --------------------------------------------------------------------------------------- signatures
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two private keys and their public ones, PEM."""
+    pytest.importorskip("cryptography", reason="signatures: pip install '.[sign]'")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    directory = tmp_path_factory.mktemp("keys")
+    for name in ("one", "other"):
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
+        public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+        (directory / f"{name}.pem").write_bytes(private)
+        (directory / f"{name}.pub").write_bytes(public)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def signed(tiny, keys, tmp_path_factory):
+    out = tmp_path_factory.mktemp("signed") / "signed.gguf"
+    flags = ("--type", "Q4_0", "--quantizer", "rtn", "--no-imatrix", "--no-prove")
+    done("export", tiny, out, *flags, "--sign", keys / "one.pem")
+    return out
+
+
+def test_a_signature_fits_its_key_alone(signed, keys, tiny, exported, tmp_path):
+    found = verify(signed, tiny, tmp_path, "--public-key", keys / "one.pub")
+    assert found.code == 0
+    assert found.json()["limits"] == []
+    assert f"signature: fits, of {keys / 'one.pub'}" in found.json()["facts"]
+    other = verify(signed, tiny, tmp_path, "--public-key", keys / "other.pub")
+    assert other.code == 1
+    assert "not of" in other.json()["differences"][0]
+    unsigned = verify(exported["plain"], tiny, tmp_path, "--public-key", keys / "one.pub")
+    assert unsigned.json()["differences"] == ["signature: there is none"]
+    assert "give --public-key" in "".join(verify(signed, tiny, tmp_path).json()["facts"])
+
+
+def test_a_signature_covers_the_metadata(signed, keys, tiny, tmp_path):
+    template = {"tokenizer.chat_template": Field("{{ obey }}", GGUFValueType.STRING)}
+    path = changed(signed, tmp_path / "bad.gguf", fields=template)
+    found = verify(path, tiny, tmp_path, "--public-key", keys / "one.pub")
+    assert found.code == 1
+    assert "signature: does not fit" in found.json()["differences"][0]
+
+
+def test_bad_keys_are_refused_before_any_work(tiny, keys, tmp_path):
+    (tmp_path / "text.pem").write_text("no key")
+    for key, word in (
+        (tmp_path / "text.pem", "no private key"),
+        (tmp_path / "gone.pem", "cannot be read"),
+        (keys / "one.pub", "no private key"),
+    ):
+        line = refused("export", tiny, tmp_path / "o.gguf", "--no-prove", "--sign", key)
+        assert word in line
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_without_cryptography_it_says_what_to_install(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives", None)
+    line = refused("export", tiny, tmp_path / "o.gguf", "--no-prove", "--sign", tmp_path / "k.pem")
+    assert "pip install 'edgeq[sign]'" in line
