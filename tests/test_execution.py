@@ -32,7 +32,7 @@ def processes(tmp_path):
         yield made
 
 
-# ------------------------------------------------------------------------- processes of this machine
+# ------------------------------------------------------------------------ processes of this machine
 
 
 def test_results_come_in_the_order_of_the_tasks_from_several_processes(processes):
