@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 DATA = ("files", "arrays")
 _CONNECT_S = 10
 _PATIENCE_S = 60  # for a scheduler that went away
+_MOST_TIMES = 5  # that it went away with nothing done between
 _NAMES = ("edgeq", "numpy", "numba", "llama-cpp-python", "scipy")
 
 
@@ -66,7 +67,7 @@ class Cluster:
         from distributed.comm import CommClosedError
 
         left = set(range(len(tasks)))
-        gone_at: float | None = None
+        times = 0
         failure: BaseException | None = None  # of a task itself
         while left:
             before = len(left)
@@ -91,17 +92,25 @@ class Cluster:
             except (CommClosedError, OSError, TimeoutError) as error:
                 if error is failure:
                     raise
-                now = time.monotonic()
-                gone_at = now if gone_at is None or len(left) < before else gone_at
-                if now - gone_at > _PATIENCE_S:
+                times = times + 1 if len(left) == before else 1
+                self._reconnect(error, times)
+
+    def _reconnect(self, error: BaseException, times: int) -> None:
+        """Wait for a scheduler with workers; `times` without anything done between."""
+        with contextlib.suppress(OSError, TimeoutError):
+            self._client.close(timeout=1)
+        end = time.monotonic() + (_PATIENCE_S if times <= _MOST_TIMES else 0)
+        while True:
+            try:
+                self._client = self._connected()
+                return
+            except ExecutionError as again:
+                if time.monotonic() > end:
                     raise ExecutionError(
                         f"--cluster {self.url}: the scheduler is gone ({error}). Start it and run "
                         "the same command again: what is done is reused."
-                    ) from error
-                time.sleep(1)
-                with contextlib.suppress(ExecutionError):
-                    self._client.close(timeout=1)
-                    self._client = self._connected()
+                    ) from again
+            time.sleep(1)
 
     def portable(self, file: GgufFile, names: Collection[str]) -> GgufFile:
         """Return the part of a file that a task needs: where it lies, or its data."""

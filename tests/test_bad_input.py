@@ -305,7 +305,7 @@ def test_conversations_need_a_chat_template(tiny, place):
         (("--type", "Q4_KM"), "Did you mean 'Q4_K_M'?"),
         (
             ("--quantizer", "rtm"),
-            "unknown quantizer 'rtm'; known: auto, gptq, rtn. Did you mean 'rtn'?",
+            "unknown quantizer 'rtm'; known: auto, gptq, learned, rtn. Did you mean 'rtn'?",
         ),
         (("--quantizer", "gptq:ordr=natural"), "unknown setting 'ordr'; known: order, search, "),
         (("--quantizer", "gptq:order=random"), "unknown order 'random'; known: "),
