@@ -275,7 +275,6 @@ def rotate(
 @click.option("-o", "--out", type=PATH, required=True, help="The adapter to write, a GGUF file.")
 @click.option("--size", type=Bytes(), help="Of the adapter, at most. Default: 2 % of FILE.")
 @click.option("--rank", type=int, help="Give every weight this rank instead.")
-@click.option("--sign", type=PATH, metavar="KEY", help="Sign OUT: Ed25519 private key, PEM.")
 @click.option("--prove/--no-prove", default=True, help="Measure FILE with and without it.")
 @texts
 @evaluation

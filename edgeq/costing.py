@@ -14,6 +14,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.gguf_file import tensor_bytes
+from converters.gguf_header import DEFAULT_ALIGNMENT
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.lattice_formats import LATTICES
 from edgeq.allocation.costs import (
@@ -48,11 +49,10 @@ TYPES = (
 )
 # fmt: on
 _TINY = 1e-30
-_ALIGNMENT = 32  # of tensors in a file
-_HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
+HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
 _JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
-_FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
-_MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
+FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
+MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
 SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
 _JOINT_SIZES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the way from the smallest to the largest, in ratios
 _PROBE_BPW = 3.4  # a swap is measured at the type next to it: a divergence well above rounding
@@ -67,7 +67,7 @@ def choose_estimator(measurer: Measurer) -> str:
     ground = measurer.ground
     if ground.calibration is None or ground.tuning is None:
         return "weight" if ground.importances is None else "imatrix"
-    if ground.reference.file.n_parameters * len(measurer.names) <= _MEASURABLE:
+    if ground.reference.file.n_parameters * len(measurer.names) <= MEASURABLE:
         return "measured"
     return "fisher"
 
@@ -185,13 +185,13 @@ class _Costing:
         found |= self._swapped({name: found[name] for name in swapped})
         others = [info for name, info in self.file.tensors.items() if name not in found]
         texts = [text for text in (self.ground.calibration, self.ground.tuning) if text is not None]
-        header = min(info.offset for info in self.file.tensors.values()) + _HEADER_RESERVE
+        header = min(info.offset for info in self.file.tensors.values()) + HEADER_RESERVE
         header += 8 * sum(len(text.sketch) for text in texts)
         costs = Costs(
             self.ground.reference.sha256,
             self.estimator,
             self.ground.quantizer,
-            header + sum(_padded(tensor_bytes(info.qtype, info.shape)) for info in others),
+            header + sum(padded(tensor_bytes(info.qtype, info.shape)) for info in others),
             sum(math.prod(info.shape) for info in others),
             tuple(TensorCosts(name, self.file.tensors[name].shape, found[name]) for name in names),
         )
@@ -213,7 +213,7 @@ class _Costing:
         """Yield second moments weighted by squared gradients; a layer's are freed after it."""
         from edgeq.layerwise import LayerwiseModel
 
-        reference, rows = self.ground.reference, text.rows[:_FISHER_CHUNKS]
+        reference, rows = self.ground.reference, text.rows[:FISHER_CHUNKS]
         model = LayerwiseModel.open(
             reference.file, reference.checkpoint, n_threads=self.ground.n_threads
         )
@@ -255,7 +255,7 @@ class _Costing:
             spread = float(rows.std(ddof=1)) if len(rows) > 1 else 0.0
             unseen = max(0.0, 1 - len(rows) / n_rows)
             loss_error = n_rows * spread * math.sqrt(unseen / len(rows))
-            size = _padded(tensor_bytes(qtype, shape))
+            size = padded(tensor_bytes(qtype, shape))
             found.append(Candidate(qtype, size, n_rows * float(rows.mean()), loss_error))
         return by_size(found)
 
@@ -315,9 +315,9 @@ class _Costing:
         return replace(costs, joint=tuple(sorted(joint.items())))
 
 
-def _padded(n_bytes: int) -> int:
+def padded(n_bytes: int) -> int:
     """Return the bytes that a tensor takes in a file."""
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-n_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
 def _row_losses(

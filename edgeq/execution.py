@@ -165,8 +165,9 @@ class Processes:
         self.n_workers = n_workers
         self.has_files = True
         self.directory = directory
-        n_threads = len(os.sched_getaffinity(0)) if n_threads is None else n_threads
-        self._n_threads = max(1, n_threads // n_workers)
+        from cpu_kernels.threads import available_cpus
+
+        self._n_threads = max(1, (n_threads or available_cpus()) // n_workers)
         self._pool: Any = None
 
     def each(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +123,28 @@ class LayerRounding:
         executor: Executor,
     ) -> None:
         """Write the layer's packed tensors, multipliers and facts as safetensors."""
-        names = {*self.qtypes, *(name for site in sites for name in site.tensors)}
-        biases = {_bias_of(name) for name in self.qtypes}
-        away = executor.portable(self.file, [n for n in self.file.tensors if n in names | biases])
-        there = LayerRounding(self.rules, away, self.qtypes, self.inputs, self.kept)
+
+        def with_only(names: Sequence[str]) -> LayerRounding:
+            there = [name for name in names if name in self.file.tensors]
+            return replace(self, file=executor.portable(self.file, there))
+
         with executor.sharing(moments) as shared:
             fold_tasks = [
-                _FoldTask(there, site, {n: shared[n] for n in site.consumers if n in shared})
+                _FoldTask(
+                    with_only(site.consumers),
+                    site,
+                    {name: shared[name] for name in site.consumers if name in shared},
+                )
                 for site in sites
             ]
             found = in_order(executor, _fold, fold_tasks)
             chosen = {s: one for s, (one, _) in zip(sites, found, strict=True) if one is not None}
             scales = tensor_scales(self.file, chosen)
             tensor_tasks = [
-                _TensorTask(there, name, shared.get(name), scales.get(name)) for name in self.qtypes
+                _TensorTask(
+                    with_only([name, _bias_of(name)]), name, shared.get(name), scales.get(name)
+                )
+                for name in self.qtypes
             ]
             rounded = dict(zip(self.qtypes, in_order(executor, _round, tensor_tasks), strict=True))
         arrays: dict[str, npt.NDArray[Any]] = {n: one.packed for n, one in rounded.items()}

@@ -4,14 +4,17 @@ Whatever is measured is kept in the work directory under a hash of the types, so
 interrupted search goes on where it was.
 """
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
 
@@ -34,9 +37,9 @@ from edgeq.runtime.model import Tokens
 from edgeq.runtime.presets import quantizable_tensors
 from edgeq.workdir import WorkDirectory, file_name, save_arrays
 
-_PATCHABLE = 5e8  # weights of a model that is changed in memory, as float32: 2 GB
+PATCHABLE = 5e8  # weights of a model that is changed in memory, as float32: 2 GB
 _MOMENTS_FRACTION = 0.1  # of free memory, for second moments of one pass over a large model
-_LOSS_CHUNKS = 4  # of text for second moments that only judge: nothing is fitted to them
+LOSS_CHUNKS = 4  # of text for second moments that only judge: nothing is fitted to them
 Types = Mapping[str, GGMLQuantizationType]
 
 
@@ -116,6 +119,7 @@ class Measurer(AbstractContextManager["Measurer", None]):
             self.quantizer = make_quantizer("rtn")
             self.notes.append("Costs are those of rounding to nearest: the model is large.")
         self._hessians: dict[str, FloatArray] | None = None
+        self._encoded: dict[tuple[str, GGMLQuantizationType], Path] = {}  # that are there
 
     def joint(self, types: Types, n_chunks: int | None = None) -> Joint:
         """Return what these types do, every other tensor being float.
@@ -169,7 +173,7 @@ class Measurer(AbstractContextManager["Measurer", None]):
     @property
     def is_large(self) -> bool:
         """Whether neither a float32 copy nor all second moments are held in memory."""
-        return self.file.n_parameters > _PATCHABLE
+        return self.file.n_parameters > PATCHABLE
 
     def moments(self) -> Iterator[tuple[str, FloatArray | None]]:
         """Yield every tensor with its second moments; of a large model some layers at a time."""
@@ -181,14 +185,14 @@ class Measurer(AbstractContextManager["Measurer", None]):
         shapes = {name: self.file.tensors[name].shape for name in self.names}
         groups = groups_of_layers(shapes, int(_MOMENTS_FRACTION * free_bytes(unknown=1 << 32)))
         for names in groups:
-            found = self._collected(text.rows[:_LOSS_CHUNKS], names)
+            found = self._collected(text.rows[:LOSS_CHUNKS], names)
             yield from ((name, found.pop(name, None)) for name in names)
 
     def hessians(self) -> dict[str, FloatArray]:
         """Return the second moments of the float model, (n_mat, n_in, n_in), from llama.cpp."""
         text = self.ground.calibration
         if self._hessians is None and text is not None:
-            rows = text.rows if self.quantizer.uses_hessian else text.rows[:_LOSS_CHUNKS]
+            rows = text.rows if self.quantizer.uses_hessian else text.rows[:LOSS_CHUNKS]
             self._hessians = self._collected(rows, self.names)
         return self._hessians or {}
 
@@ -212,19 +216,27 @@ class Measurer(AbstractContextManager["Measurer", None]):
         """Write a file of these types, rounded to nearest: good for its size and speed."""
         file, ground, nearest = self.file, self.ground, make_quantizer("rtn")
 
-        def source(name: str) -> TensorSource:
-            info = file.tensors[name]
-            qtype = types.get(name, info.qtype)
-            return TensorSource(
-                name,
-                qtype,
-                info.shape,
-                lambda: quantize_tensor(
-                    file, name, qtype, ground.importances, nearest, n_threads=ground.n_threads
-                ),
+        def load(name: str) -> Packed:
+            return quantize_tensor(
+                file, name, types[name], ground.importances, nearest, n_threads=ground.n_threads
             )
 
-        out = self.work.path / "nearest.gguf"
+        return self._write(self.work.path / "nearest.gguf", types, load)
+
+    def _write(self, out: Path, types: Types, load: Callable[[str], npt.NDArray[Any]]) -> Path:
+        """Write the reference with other types; `load` gives the data of those tensors."""
+        file = self.file
+
+        def source(name: str) -> TensorSource:
+            info = file.tensors[name]
+            is_other = name in types
+            return TensorSource(
+                name,
+                types.get(name, info.qtype),
+                info.shape,
+                lambda: load(name) if is_other else file.read_bytes(name),
+            )
+
         return write_gguf(out, file.fields, [source(name) for name in file.tensors])[0]
 
     def _measured(
@@ -239,12 +251,10 @@ class Measurer(AbstractContextManager["Measurer", None]):
             for number, types in enumerate(choices):
                 yield number, self._joint_of_file(types, encoded, n_chunks)
             return
-        path = self._float32()
-        base = self._base(path)
         tasks = [
             _Judging(
-                path,
-                base,
+                self._float32,
+                self._base,
                 self.names,
                 {name: (qtype, encoded[name, qtype]) for name, qtype in types.items()},
                 n_chunks,
@@ -263,29 +273,24 @@ class Measurer(AbstractContextManager["Measurer", None]):
         """Return what a file of these types does: nothing of the model has to fit into memory."""
 
         def load(name: str) -> Packed:
-            if name not in types:
-                return self.file.read_bytes(name)
             with safe_open(encoded[name, types[name]], framework="numpy") as part:
                 packed: Packed = part.get_tensor(name)
             return packed
 
-        def source(name: str) -> TensorSource:
-            info = self.file.tensors[name]
-            return TensorSource(name, types.get(name, info.qtype), info.shape, lambda: load(name))
-
-        base = self._base(self.ground.reference.path)
-        out = self.work.path / "joint.gguf"
+        out, n_threads = self.work.path / "joint.gguf", self.ground.n_threads
         try:
-            (path,) = write_gguf(out, self.file.fields, [source(n) for n in self.file.tensors])
-            found = evaluate(path, None, base, chunks=n_chunks, n_threads=self.ground.n_threads)
+            path = self._write(out, types, load)
+            found = evaluate(path, None, self._base, chunks=n_chunks, n_threads=n_threads)
         finally:
             out.unlink(missing_ok=True)
         kld, ratio = found.summary.kld, found.summary.ppl_ratio
         return Joint(max(0.0, kld.value), kld.error, ratio.value)
 
-    def _base(self, path: Path) -> Path:
-        """Return the float model's logits on the tuning text."""
+    @functools.cached_property
+    def _base(self) -> Path:
+        """The float model's logits on the tuning text."""
         ground = self.ground
+        path = ground.reference.path if self.is_large else self._float32
         if ground.tuning is None:
             raise RecipeError("there is no tuning text to measure on. Give --text.")
         rows = ground.tuning.rows
@@ -308,22 +313,17 @@ class Measurer(AbstractContextManager["Measurer", None]):
                 ),
             )
 
+    @functools.cached_property
     def _float32(self) -> Path:
-        """Return the reference with its matrices as F32: others cannot be replaced exactly."""
+        """The reference with its matrices as F32: others cannot be replaced exactly."""
         file, f32 = self.file, GGMLQuantizationType.F32
         if all(file.tensors[name].qtype == f32 for name in self.names):
             return self.ground.reference.path
-
-        def source(name: str) -> TensorSource:
-            info = file.tensors[name]
-            if name in self.names:
-                return TensorSource(name, f32, info.shape, lambda: file.read_float(name))
-            return TensorSource(name, info.qtype, info.shape, lambda: file.read_bytes(name))
-
+        types = dict.fromkeys(self.names, f32)
         return self.work.artefact(
             "float32.gguf",
             {"reference": self.ground.reference.sha256},
-            lambda out: write_gguf(out, file.fields, [source(name) for name in file.tensors]),
+            lambda out: self._write(out, types, file.read_float),
         )
 
     def _encoded_as(
@@ -333,9 +333,10 @@ class Measurer(AbstractContextManager["Measurer", None]):
         names = {
             (name, qtype): f"encoded/{file_name(name)}-{qtype.name}.safetensors"
             for name, qtype in pairs
+            if (name, qtype) not in self._encoded
         }
-        about = {pair: {**self.ground.about, "type": pair[1].name} for pair in pairs}
-        missing = [pair for pair in pairs if not self.work.has(names[pair], about[pair])]
+        about = {pair: {**self.ground.about, "type": pair[1].name} for pair in names}
+        missing = [pair for pair in names if not self.work.has(names[pair], about[pair])]
         tasks = [self._encoding(name, qtype) for name, qtype in missing]
         for number, packed in self.executor.each(_encode, tasks):
             name, qtype = missing[number]
@@ -345,7 +346,8 @@ class Measurer(AbstractContextManager["Measurer", None]):
                 about[name, qtype],
                 lambda out, arrays=arrays: save_arrays(arrays, out),  # type: ignore[misc]
             )
-        return {pair: self.work.path / name for pair, name in names.items()}
+        self._encoded |= {pair: self.work.path / name for pair, name in names.items()}
+        return self._encoded
 
     def _encoding(self, name: str, qtype: GGMLQuantizationType) -> "_Encoding":
         hessian = self.hessians().get(name) if self.quantizer.uses_hessian else None

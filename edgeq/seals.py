@@ -35,13 +35,11 @@ class Seal:
 
     Attributes
     ----------
-    tensors_are_recorded : whether the file has a hash of its tensors' data
     signed_by : public key, hexadecimal; None: not signed
     lines : what was found, for people
     problems : what does not hold
     """
 
-    tensors_are_recorded: bool
     signed_by: str | None
     lines: tuple[str, ...]
     problems: tuple[str, ...]
@@ -173,7 +171,7 @@ def check_seal(file: GgufFile, public_key: Path | None) -> Seal:
     if signature is None:
         told = "signature: there is none"
         (lines if public_key is None else problems).append(told)
-        return Seal(recorded is not None, None, tuple(lines), tuple(problems))
+        return Seal(None, tuple(lines), tuple(problems))
     ed25519, _ = _cryptography()
     expected = None if public_key is None else read_public_key(public_key)
     if expected is not None and expected.public_bytes_raw().hex() != signer:
@@ -184,7 +182,7 @@ def check_seal(file: GgufFile, public_key: Path | None) -> Seal:
         lines.append(f"signature: fits, of {signer}; give --public-key to check whose that is")
     else:
         lines.append(f"signature: fits, of {public_key}")
-    return Seal(recorded is not None, str(signer), tuple(lines), tuple(problems))
+    return Seal(str(signer), tuple(lines), tuple(problems))
 
 
 def _is_valid(ed25519: Any, signer: object, signature: object, message: bytes) -> bool:

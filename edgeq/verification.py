@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, open_gguf
 from edgeq import allocation
@@ -30,7 +29,6 @@ from edgeq.seals import Seal, check_seal
 from edgeq.transforms import FoldSite, TensorScales, apply, fold_sites, tensor_scales
 from edgeq.workdir import WorkDirectory
 
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MOST_TYPICAL = 4.0  # error over rounding's, median over tensors; as the screen's _ANOTHER_MODEL
 _AS_NEAR = 1.1  # times the median: a tensor whose errors in all are those of the others
 IDENTICAL, CONSISTENT, DIFFERS, UNKNOWN = "identical", "consistent", "differs", "not shown"

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from converters.checkpoint import open_checkpoint
+from converters.convert import convert
+from converters.gguf_file import open_gguf
 from edgeq import pipeline
 from edgeq.workdir import WorkDirectory
 from tests import tiny_gguf, tiny_models
@@ -74,3 +77,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Return a function that gives the float file of a tiny model."""
+    parent = tmp_path_factory.mktemp("converted")
+
+    def make(name):
+        path = parent / f"{name}.gguf"
+        if not path.exists():
+            directory = tiny_models.build(name, parent).directory
+            convert(open_checkpoint(directory), path, ftype="f32")
+        return open_gguf(path)
+
+    return make

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from converters.checkpoint import open_checkpoint
-from converters.convert import convert
 from converters.gguf_file import open_gguf
 from converters.gguf_header import Field
 from cpu_kernels.divergence import divergence
@@ -12,7 +10,7 @@ from edgeq.errors import CalibrationError, RecipeError
 from edgeq.runtime.model import Model
 from edgeq.transforms import check_preserved, keys, write_key_folded
 from edgeq.transforms.keys import KeySite, Side, key_sites, pairs, search_key_scales
-from tests import tiny_gguf, tiny_models
+from tests import tiny_gguf
 from tests.command_line import done, files_under, refused
 
 ROWS = np.random.default_rng(1).integers(3, 260, (2, 40)).astype(np.int32)
@@ -22,21 +20,6 @@ FAMILIES = (
     "llama3", "smollm2", "qwen2", "qwen3", "gemma3", "olmo2", "gptneox", "stablelm-head-norms",
     "gpt2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """Return a function that gives the float file of a tiny model."""
-    parent = tmp_path_factory.mktemp("keys")
-
-    def make(name):
-        path = parent / f"{name}.gguf"
-        if not path.exists():
-            directory = tiny_models.build(name, parent).directory
-            convert(open_checkpoint(directory), path, ftype="f32")
-        return open_gguf(path)
-
-    return make
 
 
 def outliers(directory, head_dim, size=12.0):

@@ -11,8 +11,6 @@ import pytest
 from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import binding as llvm
-from llvmlite import ir
 
 from cpu_kernels import choice, lookup, lookup_tiles, products, sherry, tiles
 from cpu_kernels import isa as isas
@@ -21,11 +19,10 @@ from cpu_kernels.inputs import KINDS, InputLayout
 from cpu_kernels.isa import chosen
 from cpu_kernels.lookup_tiles import PANEL, TALL, lookup_layout_of, rearrange_for_lookup
 from cpu_kernels.products import Product
-from cpu_kernels.simd import I64
 from cpu_kernels.threads import Program, available_cpus
 from cpu_kernels.tiles import rearrange
 from tests.command_line import refused
-from tests.test_products import assert_close, expected, guarded, inputs_of
+from tests.test_products import arm_assembly, assert_close, expected, guarded, inputs_of
 
 T = GGMLQuantizationType
 TYPES = (T.Q4_0, T.TQ1_0, T.TQ2_0)
@@ -165,21 +162,14 @@ def test_a_lower_instruction_set_gives_the_same(name, tmp_path):
 def test_arm_code_looks_bytes_up(kind):
     """What a phone would run, compiled here: its own instructions, no emulated ones."""
     (neon,) = isas._ARM
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 5), "add_block")
-    builder = ir.IRBuilder(function.append_basic_block())
     layout = lookup_layout_of(T.TQ2_0, neon)
     assert layout.kind == "bits"
     if kind == "sparse":
         layout = sherry.rearrange(np.zeros((1, sherry.TYPE_SIZE), np.uint8), neon).layout
-    lookup._Lookup(builder, lookup.LookupType(layout, neon, 1)).add_block(*function.args)
-    builder.ret_void()
-    target = llvm.Target.from_triple(module.triple)
-    machine = target.create_target_machine(cpu=neon.cpu, opt=3)
-    assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
+    kind_of = lookup.LookupType(layout, neon, 1)
+    assembly = arm_assembly(
+        neon.cpu, 5, lambda builder, *given: lookup._Lookup(builder, kind_of).add_block(*given)
+    )
     # four registers of places, low and high bytes, for every group of a unit and plane; tables of
     # 32 are two
     assert assembly.count("\ttbl\t") == 4 * 2 * {"bits": 2 * 2, "sparse": 8 * 2}[kind]

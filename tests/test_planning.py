@@ -105,7 +105,7 @@ def test_what_is_not_replaced_any_more_is_itself_again(measurer):
 def test_a_large_model_is_measured_as_a_file(measurer, monkeypatch):
     types = {NAME: _T.Q4_1, "blk.1.attn_q.weight": _T.Q5_0}
     patched = measurer.joint(types)
-    monkeypatch.setattr(measuring, "_PATCHABLE", 0)
+    monkeypatch.setattr(measuring, "PATCHABLE", 0)
     monkeypatch.setattr(measurer, "_name_of", lambda *_: "measured/again.json")
     of_file = measurer.joint(types)
     assert of_file != patched  # llama.cpp rounds the inputs of a file's weights to 8 bits
@@ -116,7 +116,7 @@ def test_a_large_model_is_measured_as_a_file(measurer, monkeypatch):
 
 def test_moments_of_a_large_model_are_the_same(measurer, monkeypatch):
     whole = measurer.hessians()
-    monkeypatch.setattr(measuring, "_PATCHABLE", 0)
+    monkeypatch.setattr(measuring, "PATCHABLE", 0)
     monkeypatch.setattr(measuring, "free_bytes", lambda unknown: 0)  # a layer at a time
     found = dict(measurer.moments())
     assert set(found) == set(measurer.names)
@@ -201,7 +201,7 @@ def test_beyond_what_can_be_measured_gradients_are_used_and_without_torch_relati
     measurer, monkeypatch
 ):
     assert costing.choose_estimator(measurer) == "measured"
-    monkeypatch.setattr(costing, "_MEASURABLE", 0)
+    monkeypatch.setattr(costing, "MEASURABLE", 0)
     assert make_costs(measurer, "auto").estimator == "fisher"
     fisher = measurer.work.path / "costs-fisher.json"
     fisher.unlink()

@@ -277,22 +277,30 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused():
     assert "EDGEQ_ISA: this CPU cannot run 'avx1024'; it can: " in run.stderr
 
 
-@pytest.mark.parametrize("qtype", [T.Q4_K, T.IQ4_XS], ids=lambda one: one.name)
-def test_arm_code_looks_up_and_multiplies_bytes(qtype):
-    """What a phone would run, compiled here: its own instructions, no emulated ones."""
-    (neon,) = isas._ARM
+def arm_assembly(cpu, n_arguments, write):
+    """Return what LLVM makes of a function for a phone; `write` is given builder and arguments."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), "tile_product")
+    kind = ir.FunctionType(ir.VoidType(), [I64] * n_arguments)
+    function = ir.Function(module, kind, "written")
     builder = ir.IRBuilder(function.append_basic_block())
-    kind = ProductType(layout_of(qtype, neon), neon, 1)
-    products._Product(builder, kind).write(*function.args)
+    write(builder, *function.args)
     builder.ret_void()
     target = llvm.Target.from_triple(module.triple)
-    machine = target.create_target_machine(cpu=neon.cpu, opt=3)
-    assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
+    machine = target.create_target_machine(cpu=cpu, opt=3)
+    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+
+
+@pytest.mark.parametrize("qtype", [T.Q4_K, T.IQ4_XS], ids=lambda one: one.name)
+def test_arm_code_looks_up_and_multiplies_bytes(qtype):
+    """What a phone would run, compiled here: its own instructions, no emulated ones."""
+    (neon,) = isas._ARM
+    kind = ProductType(layout_of(qtype, neon), neon, 1)
+    assembly = arm_assembly(
+        neon.cpu, 9, lambda builder, *given: products._Product(builder, kind).write(*given)
+    )
     n_dots = layout_of(qtype, neon).columns // 4 * 4  # four registers of 16 bytes a vector
     assert assembly.count("\tsdot\t") == n_dots
     assert ("\ttbl\t" in assembly) == (qtype == T.IQ4_XS)

@@ -3,33 +3,15 @@
 import numpy as np
 import pytest
 
-from converters.checkpoint import open_checkpoint
-from converters.convert import convert
 from converters.gguf_file import open_gguf
 from edgeq.errors import RecipeError
 from edgeq.transforms import check_preserved
 from edgeq.transforms import rotation as rotating
 from edgeq.transforms.rotation import KINDS, random_rotation, write_rotated
-from tests import tiny_models
 from tests.command_line import done, files_under, refused
 
 TOKENS = np.random.default_rng(1).integers(3, 400, (2, 40)).astype(np.int32)
 FAMILIES = ("llama3", "smollm2", "qwen2", "qwen3", "qwen3moe", "mixtral", "phi-longrope")
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """Return a function that gives the float file of a tiny model."""
-    parent = tmp_path_factory.mktemp("rotation")
-
-    def make(name):
-        path = parent / f"{name}.gguf"
-        if not path.exists():
-            directory = tiny_models.build(name, parent).directory
-            convert(open_checkpoint(directory), path, ftype="f32")
-        return open_gguf(path)
-
-    return make
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 24, 64, 96, 576])

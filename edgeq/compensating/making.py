@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from converters.imatrix_file import SKETCH_KEY, sketch_of
 from edgeq import provenance
 from edgeq.calibration import collect
 from edgeq.calibration.collector import free_bytes
+from edgeq.calibration.moments import groups_of_layers
 from edgeq.compensating.adapter import (
     OUTPUT,
     Pair,
@@ -234,7 +235,7 @@ class _Making:
     def corrections(self, rows: Tokens, most: int, steps: Steps) -> dict[str, Correction]:
         """Return the leading ranks of every weight that saw an input and has an error."""
         found = {}
-        for names in self._passes():
+        for names in self._groups():
             with steps.step("calibrate") as progress:
                 seen = collect(
                     self.file.paths[0],
@@ -258,19 +259,10 @@ class _Making:
             )
         return found
 
-    def _passes(self) -> Iterator[list[str]]:
-        """Yield weights whose second moments fit into memory together."""
-        free = _MEMORY * free_bytes(unknown=1 << 32)
-        batch: list[str] = []
-        used = 0
-        for name in self.names:
-            size = 4 * self.file.tensors[name].shape[-1] ** 2
-            if batch and used + size > free:
-                yield batch
-                batch, used = [], 0
-            batch.append(name)
-            used += size
-        yield batch
+    def _groups(self) -> list[list[str]]:
+        """Return the weights by passes over the text: some layers at a time."""
+        shapes = {name: self.file.tensors[name].shape for name in self.names}
+        return groups_of_layers(shapes, int(_MEMORY * free_bytes(unknown=1 << 32)))
 
     def _correction(self, name: str, hessian: npt.NDArray[np.float32], most: int) -> Correction:
         info = self.file.tensors[name]

@@ -3,9 +3,11 @@
 import math
 
 from converters.gguf_file import tensor_bytes
+from edgeq.costing import FISHER_CHUNKS, padded
 from edgeq.forecast.amounts import Amounts
-from edgeq.forecast.outline import Tensor, padded
-from edgeq.forecast.targets import FISHER_CHUNKS, PATCHABLE, estimator_of
+from edgeq.forecast.outline import Tensor
+from edgeq.forecast.targets import estimator_of
+from edgeq.measuring import PATCHABLE
 
 _UBATCH = 512
 _LOGIT_COPIES = 4  # float32 and float64 of a chunk's logits, theirs and ours

@@ -19,6 +19,7 @@ from converters.json_file import read_json
 from edgeq import allocation
 from edgeq.allocation import Plan
 from edgeq.allocation.preset import COMMON
+from edgeq.costing import HEADER_RESERVE, padded
 from edgeq.errors import RecipeError
 from edgeq.forecast.shapes import SHAPES
 from edgeq.recipe import Recipe
@@ -26,9 +27,7 @@ from edgeq.registry import unknown_name
 from edgeq.runtime.presets import find_preset
 
 _T = GGMLQuantizationType
-_ALIGNMENT = 32  # of tensors in a file
 _TOKEN_BYTES = 32  # of the header for each token: its text, score and kind, and a merge
-_ADDED = 1 << 14  # bytes that edgeq adds to the header
 _FLOATS = {"BF16": _T.BF16, "F16": _T.F16, "bfloat16": _T.BF16, "float16": _T.F16}
 
 
@@ -127,11 +126,6 @@ class Outline:
         )
 
 
-def padded(n_bytes: int) -> int:
-    """Return the bytes that a tensor takes in a file."""
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
 def outline_of(recipe: Recipe) -> Outline:
     """Read the headers of a model: a GGUF file, a checkpoint, a directory with config.json alone.
 
@@ -145,7 +139,7 @@ def outline_of(recipe: Recipe) -> Outline:
     path = Path(recipe.model).expanduser()
     if path.is_file():
         file = open_gguf(path)
-        header = min(info.offset for info in file.tensors.values()) + _ADDED
+        header = min(info.offset for info in file.tensors.values()) + HEADER_RESERVE
         return _outline(path.name, file, recipe, header, 0)
     if not path.is_dir():
         raise RecipeError(
@@ -230,7 +224,7 @@ def _of_shapes(
         types = dict.fromkeys(open_gguf(path).tensors, source)
         write_outline(path, shapes, config, architecture, types)
         file = open_gguf(path)
-        header = min(info.offset for info in file.tensors.values()) + _ADDED
+        header = min(info.offset for info in file.tensors.values()) + HEADER_RESERVE
         header += _TOKEN_BYTES * file.tensors["token_embd.weight"].shape[0]
         return _outline(name, file, recipe, header, checkpoint_bytes)
 

@@ -2,16 +2,12 @@
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edgeq.costing import default_types, parse_types
+from edgeq.costing import FISHER_CHUNKS, MEASURABLE, default_types, parse_types
 from edgeq.forecast.amounts import Amounts, Share
+from edgeq.measuring import LOSS_CHUNKS, PATCHABLE
 from edgeq.quantizers import make_quantizer
 from edgeq.recipe import Recipe
 
-# of edgeq.costing and edgeq.measuring
-_MEASURABLE = 1e11
-FISHER_CHUNKS = 8
-PATCHABLE = 5e8
-_LOSS_CHUNKS = 4
 _JOINTS = {"measured": 7}  # sizes on the way, the plan and llama.cpp's mix
 _JOINTS_OTHERWISE = 2
 
@@ -31,7 +27,7 @@ def estimator_of(amounts: Amounts) -> str:
     if not amounts.n_chunks:
         return "weight"
     n_swaps = sum(one.is_matrix for one in outline.tensors)
-    return "measured" if outline.n_parameters * n_swaps <= _MEASURABLE else "fisher"
+    return "measured" if outline.n_parameters * n_swaps <= MEASURABLE else "fisher"
 
 
 def target_steps(amounts: Amounts) -> dict[str, Share]:
@@ -72,7 +68,7 @@ def target_steps(amounts: Amounts) -> dict[str, Share]:
 
 def _collected(amounts: Amounts) -> float:
     """Return seconds for llama.cpp's own second moments of the whole model."""
-    tokens = _LOSS_CHUNKS * amounts.n_ctx
+    tokens = LOSS_CHUNKS * amounts.n_ctx
     seconds = amounts.flops(tokens, head=False) / amounts.reference_rate
     for tensors in amounts.layers.values():
         for one in amounts.distinct(tensors):

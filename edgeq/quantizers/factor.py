@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.errors import CalibrationError
+from edgeq.errors import CalibrationError, RecipeError
 from edgeq.runtime.encoders import FloatArray
 
 Order = npt.NDArray[np.intp]
@@ -32,6 +32,20 @@ class Factored:
     order: Order
     upper: FloatArray
     dampening_frac: float
+
+
+def check_damping(who: str, shrinkage: float, dampening_frac: float) -> None:
+    """Refuse settings that ``damped`` cannot take.
+
+    Raises
+    ------
+    RecipeError
+    """
+    if not (0 <= shrinkage <= 1 and 0 <= dampening_frac < np.inf):
+        raise RecipeError(
+            f"{who}: shrinkage={shrinkage}, dampening_frac={dampening_frac}; expected shrinkage "
+            "from 0 to 1 and a damping of 0 or more."
+        )
 
 
 def damped(hessian: FloatArray, shrinkage: float, dampening_frac: float) -> FloatArray:

@@ -17,7 +17,7 @@ from cpu_kernels.lattice_formats import LATTICES
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.quantizers import Inputs, Rounded, lattice
 from edgeq.quantizers.descent import lower_loss
-from edgeq.quantizers.factor import ORDERS, Factored, error_bound, factor
+from edgeq.quantizers.factor import ORDERS, Factored, check_damping, error_bound, factor
 from edgeq.quantizers.feedback import (
     Rounding,
     batch_size,
@@ -67,11 +67,7 @@ class Gptq:
             raise RecipeError(f"gptq: {unknown_name('order', self.order, list(ORDERS))}")
         if self.search not in SEARCHES:
             raise RecipeError(f"gptq: {unknown_name('search', self.search, list(SEARCHES))}")
-        if not (0 <= self.shrinkage <= 1 and 0 <= self.dampening_frac < np.inf):
-            raise RecipeError(
-                f"gptq: shrinkage={self.shrinkage}, dampening_frac={self.dampening_frac}; expected "
-                "shrinkage from 0 to 1 and a damping of 0 or more."
-            )
+        check_damping("gptq", self.shrinkage, self.dampening_frac)
         if self.sweeps < 0 or self.reach < 0:
             raise RecipeError(
                 f"gptq: sweeps={self.sweeps}, reach={self.reach}; expected 0 or more of both."

@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from cpu_kernels.block_formats import FORMATS
 from edgeq.errors import RecipeError
 from edgeq.quantizers import Inputs, Rounded
-from edgeq.quantizers.factor import damped
+from edgeq.quantizers.factor import check_damping, damped
 from edgeq.quantizers.feedback import Rounding
 from edgeq.quantizers.gptq import Gptq, check_moments, row_losses
 from edgeq.quantizers.learning import METHODS, learn
@@ -62,11 +62,7 @@ class Learned:
             raise RecipeError(f"learned: {unknown_name('slope', self.slope, list(SLOPES))}")
         if self.start not in STARTS:
             raise RecipeError(f"learned: {unknown_name('start', self.start, list(STARTS))}")
-        if not (0 <= self.shrinkage <= 1 and 0 <= self.dampening_frac < np.inf):
-            raise RecipeError(
-                f"learned: shrinkage={self.shrinkage}, dampening_frac={self.dampening_frac}; "
-                "expected shrinkage from 0 to 1 and a damping of 0 or more."
-            )
+        check_damping("learned", self.shrinkage, self.dampening_frac)
         if self.steps < 1 or self.sweeps < 0 or not 0 <= self.lr <= 1:
             raise RecipeError(
                 f"learned: steps={self.steps}, sweeps={self.sweeps}, lr={self.lr}; expected a step "
