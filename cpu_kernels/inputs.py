@@ -146,7 +146,7 @@ def to_half(value):
 
 @intrinsic
 def _round_32(typing_context, values, codes):
-    """Quantize 32 activations; return 2**32 times the largest one's bits plus the codes' sum."""
+    """Quantize 32 activations; return the largest one's bits above the 32 of the codes' sum."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vectors = Vectors(builder, chosen())
@@ -164,8 +164,8 @@ def _round_32(typing_context, values, codes):
         found = [vectors.to_integer(builder.fmul(half, times)) for half in halves]
         for i, one in enumerate(found):
             vectors.store(builder.trunc(one, ir.VectorType(I8, 16)), codes, 16 * i, 1)
-        total = builder.sext(vectors.reduce("add", builder.add(*found)), I64)
-        return builder.add(builder.shl(builder.zext(top, I64), ir.Constant(I64, 32)), total)
+        total = builder.zext(vectors.reduce("add", builder.add(*found)), I64)  # takes none of top
+        return builder.or_(builder.shl(builder.zext(top, I64), ir.Constant(I64, 32)), total)
 
     return types.int64(types.int64, types.int64), generate
 
