@@ -41,6 +41,9 @@ NATIVE_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
 }
 """The array type of the types that are not packed in blocks."""
 
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+"""The types of weights that are not quantized."""
+
 VALUE_DTYPES: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
     GGUFValueType.INT8: np.dtype("<i1"),

@@ -11,12 +11,12 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
+from converters.gguf_header import FLOATS
 from edgeq.allocation import Plan
 from edgeq.runtime.encoders import Packed, decode, encode
 
 GRIDS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.TQ2_0)
 KEPT = "kept"  # key of a tensor's facts
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _SAMPLED_ROWS = 8
 
 
@@ -28,7 +28,7 @@ def lies_on_grid(
     A few rows are looked at first, then all. False for a type that is none of ``GRIDS``.
     """
     info = file.tensors[name]
-    if qtype not in GRIDS or info.qtype not in _FLOATS or len(info.shape) < 2:
+    if qtype not in GRIDS or info.qtype not in FLOATS or len(info.shape) < 2:
         return False
     if info.shape[-1] % GGML_QUANT_SIZES[qtype][0]:
         return False

@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, tensor_bytes
+from converters.gguf_header import FLOATS
 from edgeq.allocation import PlanEntry
 from edgeq.calibration.moments import Moments
 from edgeq.execution import Executor, Shared, in_order
@@ -31,7 +32,6 @@ from edgeq.transforms import (
 )
 from edgeq.workdir import save_arrays
 
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _JUDGED_ROWS = 128  # of a matrix: folds are searched on these
 Importances = Mapping[str, FloatArray]
 Facts = dict[str, float | str]
@@ -307,7 +307,7 @@ def read_weight(
 ) -> FloatArray:
     """Return a tensor as float32 in its shape."""
     info = file.tensors[name]
-    if info.qtype not in _FLOATS and not allow_requantize:
+    if info.qtype not in FLOATS and not allow_requantize:
         raise ConversionError(
             f"{file.path}: {name} is {info.qtype.name} already, expected F32, F16 or BF16. "
             "Give the float model, or allow a second rounding with --allow-requantize."

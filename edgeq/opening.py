@@ -17,6 +17,7 @@ from converters.checkpoint import open_checkpoint
 from converters.convert import convert
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
+from converters.gguf_header import FLOATS
 from converters.hub import resolve_model
 from edgeq.console import Progress, Steps
 from edgeq.errors import EvaluationError, RecipeError
@@ -25,7 +26,6 @@ from edgeq.runtime.model import Model, Tokens
 from edgeq.texts import Manifest, Part, check_unused, prepare, read_sources, sample_parts
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
 
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _EXPONENT_BITS = {  # all of them set: NaN or infinite
     GGMLQuantizationType.F32: ("<u4", 0x7F800000),
     GGMLQuantizationType.F16: ("<u2", 0x7C00),
@@ -120,7 +120,7 @@ def open_reference(
                 lambda out: convert(checkpoint, out, ftype=ftype, progress=report),
             )
         file = open_gguf(path)
-        quantized = {t.qtype.name for t in file.tensors.values() if t.qtype not in _FLOATS}
+        quantized = {t.qtype.name for t in file.tensors.values() if t.qtype not in FLOATS}
         if quantized and not source.allow_requantize:
             raise RecipeError(
                 f"{path}: is quantized already ({', '.join(sorted(quantized))}), expected F32, F16 "

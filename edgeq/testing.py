@@ -17,6 +17,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.errors import ConversionError
+from converters.gguf_header import FLOATS
 from edgeq.errors import EdgeqError
 from edgeq.quantizers import Inputs, Quantizer, Rounded
 from edgeq.runtime.encoders import (
@@ -32,7 +33,6 @@ from edgeq.runtime.encoders import (
 __all__ = ["ConformanceError", "check_quantizer", "quantizer_checks"]
 
 _T = GGMLQuantizationType
-_FLOATS = (_T.F32, _T.F16, _T.BF16)
 _NAME = "blk.0.ffn_down.weight"
 
 # Of the objective, over that of round-to-nearest. Sums of float32 are worth 1e-4; ggml's own search
@@ -242,7 +242,7 @@ def quantizer_checks(
     """
     made = quantizer() if isinstance(quantizer, type) else quantizer
     if qtypes is None:
-        qtypes = [qtype for qtype in encodable_types() if qtype not in _FLOATS]
+        qtypes = [qtype for qtype in encodable_types() if qtype not in FLOATS]
     names = [name for name in vars(_Suite) if not name.startswith("_")]
     checks = [name for name in names if callable(getattr(_Suite, name))]
     return [

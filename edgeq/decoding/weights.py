@@ -7,6 +7,7 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
+from converters.gguf_header import FLOATS
 from cpu_kernels.choice import rearranged, shape_of
 from cpu_kernels.products import Weight
 from cpu_kernels.tiles import aligned_bytes
@@ -17,7 +18,6 @@ Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
 
 _T = GGMLQuantizationType
-_FLOATS = (_T.F32, _T.F16, _T.BF16)
 
 
 class Weights:
@@ -46,7 +46,7 @@ class Weights:
         return [
             name
             for name, tensor in self._file.tensors.items()
-            if len(tensor.shape) == 2 and tensor.qtype not in _FLOATS and name != unused
+            if len(tensor.shape) == 2 and tensor.qtype not in FLOATS and name != unused
         ]
 
     def _shape(self, name: str) -> tuple[int, int]:
@@ -67,7 +67,7 @@ class Weights:
         tensor = self._file.tensors.get(name)
         if tensor is None:
             raise EvaluationError(f"{self._file.path}: {name} is missing. The file is damaged.")
-        if tensor.qtype in _FLOATS:
+        if tensor.qtype in FLOATS:
             return self.floats(name)
         if name not in self._tiles:
             shape = self._shape(name)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile, TensorInfo, open_gguf
+from converters.gguf_header import FLOATS
 from edgeq.console import Progress
 from edgeq.errors import EvaluationError
 from edgeq.runtime.encoders import FloatArray, decode, encode, needs_importances
@@ -30,7 +31,6 @@ FEW = 4  # tensors of a type, without itself, that a tensor can be compared with
 _CHUNK_WEIGHTS = 1 << 22  # of a tensor, looked at in one go
 _LEAST_STEP = 1e-3  # of the median step: groups of zeros have none
 _FLOAT_STEP = 2.0**-8  # of a weight: what a conversion through BF16 leaves
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _HUGE = 1e30  # for JSON, which has no infinity
 _ANOTHER_MODEL = 4.0  # typical error over rounding's; error feedback has below 2
 
@@ -170,7 +170,7 @@ def _screened(file: GgufFile, source: GgufFile, name: str) -> TensorScreen:
             f"{source.path}: {name}: got the shape {original.shape}, expected {tensor.shape} as in "
             f"{file.path}. Give the float file that it was made from."
         )
-    if original.qtype not in _FLOATS:
+    if original.qtype not in FLOATS:
         raise EvaluationError(
             f"{source.path}: {name}: got {original.qtype.name}, expected a float type. Give the "
             "float file that it was made from."
@@ -184,7 +184,7 @@ def measure_tensor(
     """Return the errors of a tensor's packed data as a rounding of a weight of its shape."""
     weight = weight.reshape(-1, tensor.shape[-1])
     packed = packed.reshape(len(weight), -1)
-    if tensor.qtype in _FLOATS:
+    if tensor.qtype in FLOATS:
         return _float_tensor(tensor, weight, decode(packed, tensor.qtype))
     return measure(tensor.name, weight, packed, tensor.qtype)
 
@@ -310,7 +310,7 @@ def _judged(tensor: TensorScreen, tensors: Sequence[TensorScreen]) -> TensorScre
     alike = len(others) >= FEW
     is_alone = alike and tensor.equal < 1 and all(each.equal == 1 for each in others)
     n_others = len(others)
-    if not alike and tensor.qtype not in {qtype.name for qtype in _FLOATS}:
+    if not alike and tensor.qtype not in {qtype.name for qtype in FLOATS}:
         others = [each for each in tensors if each is not tensor and each.mean > 0]
     for figure, limit in LIMITS.items():
         value = getattr(tensor, figure)

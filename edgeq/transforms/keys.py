@@ -23,9 +23,9 @@ from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import GgufFile
+from converters.gguf_header import FLOATS
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.runtime.model import Model, Tokens
 from edgeq.runtime.observer import Observer, ProductInput
@@ -38,7 +38,6 @@ Indices = npt.NDArray[np.intp]
 _BLOCK = 32  # channels that one scale of Q8_0, Q4_0 serves
 _TURNED = 64  # heads that this divides are turned
 _EMBEDDING = "token_embd.weight"
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _TINY = np.float32(1e-30)
 _ROUNDS = 50  # of the fixed point; one is enough where a head is one piece with its own scales
 _MOST = np.log(16.0)  # a scale from the head's mean, either way: more, and a row that is quantized
@@ -125,7 +124,7 @@ def write_key_folded(
         The file cannot be written.
     """
     for name, tensor in file.tensors.items():
-        if tensor.qtype not in _FLOATS:
+        if tensor.qtype not in FLOATS:
             # products with quantized weights round their inputs: no two spellings agree to 1e-4
             _refuse(file, f"{name} is quantized as {tensor.qtype.name}; scale the float model")
     with Model(file.paths[0], vocab_only=True) as model:
