@@ -242,11 +242,24 @@ def convert(model: str, out: Path, as_json: bool, verbose: int, **options: Any) 
     show_default=True,
     help="residual (R1), values (R2), keys (scales for a quantized KV cache); repeatable.",
 )
+@click.option(
+    "--learn",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Steps from random rotations to those that leave the weights smaller rounding errors.",
+)
 @texts
 @source_input
 @common
 def rotate(
-    model: str, out: Path, kinds: tuple[str, ...], as_json: bool, verbose: int, **options: Any
+    model: str,
+    out: Path,
+    kinds: tuple[str, ...],
+    learn: int,
+    as_json: bool,
+    verbose: int,
+    **options: Any,
 ) -> None:
     """Turn the basis of a float model.
 
@@ -254,7 +267,8 @@ def rotate(
     residual stream unties the output matrix from the embedding: the file grows by it.
 
     Keys read a text. "key error" is what the scales leave of a quantized KV cache's mean squared
-    error of q · k, predicted; the values' error is apart from it.
+    error of q · k, predicted; the values' error is apart from it. "learned error" is what learned
+    rotations leave of the random ones' squared rounding error, predicted.
     """
     from edgeq import commands
 
@@ -265,6 +279,7 @@ def rotate(
         text_choice(options),
         source=source_choice(options, out),
         steps=start(verbose),
+        learn_steps=learn,
     )
     show(as_json, result.as_json(), result.as_text())
 

@@ -91,6 +91,7 @@ def rotate(
     *,
     source: SourceChoice,
     steps: Steps,
+    learn_steps: int = 0,
 ) -> Written:
     """Write a model in another basis, as F32.
 
@@ -98,6 +99,7 @@ def rotate(
     ----------
     kinds : of ``edgeq.transforms.ROTATIONS``, or ``keys``
     texts : what shows the keys how large they are; its seed is also that of the rotations
+    learn_steps : of the descent from random rotations, see ``edgeq.transforms.write_rotated``
 
     Raises
     ------
@@ -113,6 +115,8 @@ def rotate(
             known = unknown_name("rotation", kind, [*ROTATIONS, "keys"])
             raise RecipeError(f"--kind: {known}")
     has_keys, turns = "keys" in kinds, [kind for kind in kinds if kind != "keys"]
+    if learn_steps and not turns:
+        raise RecipeError("--learn: scales of keys are not learned. Add --kind values or residual.")
     check_output(out, (model, *(texts.files if has_keys else ())))
     facts: dict[str, Any] = {}
     with WorkDirectory(source.work) as work, tempfile.TemporaryDirectory(dir=work.path) as scratch:
@@ -127,7 +131,9 @@ def rotate(
             facts = {"key_error": round(float(np.mean(errors)), 4), "key_layers": len(errors)}
         if turns:
             with steps.step("rotate"):
-                write_rotated(file, out, turns, seed=texts.seed)
+                ratio = write_rotated(file, out, turns, seed=texts.seed, learn_steps=learn_steps)
+            if learn_steps:
+                facts["learned_error"] = round(ratio, 4)
     return _written((out,), sum(steps.seconds.get(step, 0.0) for step in ("keys", "rotate")), facts)
 
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import open_gguf
 from edgeq.errors import RecipeError
-from edgeq.transforms import check_preserved
+from edgeq.runtime.encoders import decode, encode
+from edgeq.transforms import cayley, check_preserved
 from edgeq.transforms import rotation as rotating
 from edgeq.transforms.rotation import KINDS, random_rotation, write_rotated
 from tests.command_line import done, files_under, refused
@@ -83,3 +85,45 @@ def test_the_command_writes_a_file_that_export_takes(converted, tmp_path):
     assert small.stat().st_size < out.stat().st_size / 2
     assert "unknown rotation 'spin'" in refused("rotate", path, again, "--kind", "spin")
     assert "is quantized already" in refused("rotate", small, tmp_path / "twice.gguf")
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_the_slope_of_the_learned_loss_is_that_of_differences(by_rows):
+    rng = np.random.default_rng(2)
+    shape = (2, 24, 160) if by_rows else (2, 40, 24)
+    weights = rng.standard_t(3, shape).astype(np.float32)
+    rotation, step = random_rotation(24, rng), rng.standard_normal((24, 24)) * 1e-3
+    turned = [cayley.Turned(lambda: weights, by_rows)]
+    _, gradient = cayley._loss(rotation, turned)
+    up, down = (cayley._loss(rotation + sign * step, turned)[0] for sign in (1, -1))
+    assert (up - down) / 2 == pytest.approx(float(np.vdot(gradient, step)), rel=2e-3)
+
+
+def test_a_learned_rotation_rounds_with_less_error_than_a_random_one():
+    rng = np.random.default_rng(3)
+    spread = np.exp(rng.standard_normal(32))[:, None]
+    reader = ((rng.standard_normal((200, 32)) * spread.T) @ random_rotation(32, rng)).astype("f4")
+    start = random_rotation(32, rng)
+    found, ratio = cayley.learn_rotation(start, [cayley.Turned(lambda: reader[None], False)], 60)
+    np.testing.assert_allclose(found @ found.T, np.eye(32), atol=1e-12)
+    again, _ = cayley.learn_rotation(start, [cayley.Turned(lambda: reader[None], False)], 60)
+    assert np.array_equal(found, again)
+
+    def error(rotation):
+        turned = (reader @ rotation).astype(np.float32)
+        rounded = decode(encode(turned, GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)
+        return float(np.square(rounded.reshape(turned.shape) - turned).sum())
+
+    assert ratio < 0.9
+    assert error(found) < 0.95 * error(start)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mixtral", "phi-longrope"])
+def test_learned_rotations_keep_the_function(name, converted, tmp_path):
+    file, out = converted(name), tmp_path / "rotated.gguf"
+    assert write_rotated(file, out, KINDS, learn_steps=3) < 1
+    assert check_preserved(file.path, out, TOKENS) < 1e-5
+    told = done("rotate", file.path, out, "--learn", "3", "--json").json()
+    assert told["learned_error"] < 1
+    told = refused("rotate", file.path, tmp_path / "no.gguf", "--kind", "keys", "--learn", "3")
+    assert "--learn: scales of keys are not learned" in told

@@ -22,6 +22,7 @@ from gguf.constants import GGMLQuantizationType
 from converters.gguf_file import GgufFile, TensorSource
 from edgeq.errors import RecipeError
 from edgeq.registry import unknown_name
+from edgeq.transforms.cayley import Rotation, Turned, learn_rotation
 from edgeq.transforms.proof import source_of, write_proven
 from edgeq.transforms.sites import FloatArray, FoldSite, fold_sites
 
@@ -29,10 +30,10 @@ KINDS = ("residual", "values")
 _WRITERS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
 _EMBEDDING, _OUTPUT, _OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 
-Rotation = npt.NDArray[np.float64]
 
-
-def write_rotated(file: GgufFile, path: Path, kinds: Sequence[str], *, seed: int = 0) -> None:
+def write_rotated(
+    file: GgufFile, path: Path, kinds: Sequence[str], *, seed: int = 0, learn_steps: int = 0
+) -> float:
     """Write a model in a rotated basis, as F32, if llama.cpp computes the same function from it.
 
     Parameters
@@ -40,6 +41,12 @@ def write_rotated(file: GgufFile, path: Path, kinds: Sequence[str], *, seed: int
     file : a float model
     kinds : of ``KINDS``
     seed : of the rotations
+    learn_steps : of the descent from random rotations to better ones, see ``cayley``
+
+    Returns
+    -------
+    The squared rounding error that learning predicts, relative to that of the random rotations;
+    the geometric mean over rotations.
 
     Raises
     ------
@@ -51,7 +58,10 @@ def write_rotated(file: GgufFile, path: Path, kinds: Sequence[str], *, seed: int
     for kind in kinds:
         if kind not in KINDS:
             raise RecipeError(f"--kind: {unknown_name('rotation', kind, list(KINDS))}")
-    write_proven(file, path, _Rotated(file, kinds, seed).sources(), "rotated", seed=seed)
+    rotated = _Rotated(file, kinds, seed)
+    ratio = rotated.learn(learn_steps) if learn_steps else 1.0
+    write_proven(file, path, rotated.sources(), "rotated", seed=seed)
+    return ratio
 
 
 def random_rotation(n: int, rng: np.random.Generator) -> Rotation:
@@ -88,6 +98,47 @@ class _Rotated:
             self._check_values()
             for site in self.values:
                 self.rotations[site.name] = random_rotation(site.head_dim, rng)
+
+    def learn(self, n_steps: int) -> float:
+        """Make the rotations better; return the geometric mean of the errors' ratios."""
+        ratios = []
+        if self.residual is not None:
+            tied = () if _OUTPUT in self.norm_of else ((_EMBEDDING, _OUTPUT_NORM),)
+            turned = [
+                Turned(partial(self._matrices, name, norm), by_rows=False)
+                for name, norm in ((_EMBEDDING, None), *self.norm_of.items(), *tied)
+            ]
+            turned += [
+                Turned(partial(self._matrices, name), by_rows=True)
+                for name in self._writers()
+                if len(self.file.tensors[name].shape) > 1
+            ]
+            self.residual, ratio = learn_rotation(self.residual, turned, n_steps)
+            ratios.append(ratio)
+        for site in self.values:
+            turned = [
+                Turned(partial(self._heads, name, site), by_rows=name not in site.consumers)
+                for name in (site.source, *site.consumers)
+            ]
+            found, ratio = learn_rotation(self.rotations[site.name], turned, n_steps)
+            self.rotations[site.name] = found
+            ratios.append(ratio)
+        return float(np.exp(np.mean(np.log(ratios))))
+
+    def _matrices(self, name: str, norm: str | None = None) -> FloatArray:
+        """Return a tensor before its rotation, (n_mat, n_rows, n_columns) float32."""
+        values = self.file.read_float(name)
+        if norm is not None:
+            values = values * self.file.read_float(norm)
+        return values.reshape(-1, *values.shape[-2:])
+
+    def _heads(self, name: str, site: FoldSite) -> FloatArray:
+        """Return what a rotation of values turns, (1, n, head_dim) or (n_heads, head_dim, n)."""
+        values = self.file.read_float(name)
+        if name in site.consumers:
+            return values.reshape(1, -1, site.head_dim)
+        rows = values[site.first_row : site.first_row + site.n]
+        return rows.reshape(-1, site.head_dim, rows.shape[-1])
 
     def sources(self) -> list[TensorSource]:
         """Return the tensors to write: what is rotated as F32."""
