@@ -7,7 +7,9 @@ indices of all rows of a panel find in them::
     float32 out[row] += (super_scale[row] · activation's scale) · sum[row]
 
 16 bits are enough: a block's sum is at most 8 · 127 · 32 (Q4_0) or 127 · 256, and what overflows on
-the way comes back. These are the integers and floats of ``products``, in the same order.
+the way comes back. Q2_K's are sums over 16 columns; those of two such groups, side by side, are
+multiplied by their sub-scales and added up in 32 bits. These are the integers and floats of
+``products``, in the same order.
 """
 
 from typing import Any
@@ -82,33 +84,104 @@ class _Lookup:
                 target = self._pointer(tables, self._times(loop.index, n * LINE))
                 vectors.store_table(total, target, c * LINE)
 
-    def add_block(self, record: Any, tables: Any, starts: Any, scales: Any, sums: Any) -> None:
+    def add_block(
+        self, record: Any, tables: Any, starts: Any, scales: Any, lows: Any, sums: Any
+    ) -> None:
         """Add a record's product to the sums, 64 rows for each activation."""
-        builder, vectors, layout, n = self.builder, self.vectors, self.layout, self.n
-        zeros = [vectors.zero(kind) for kind in vectors.part_types()]
+        head = self._sum(record, self.layout.head)
+        record, starts, scales, sums = (
+            self._pointer(one, ir.Constant(I64, 0)) for one in (record, starts, scales, sums)
+        )
+        if self.layout.has_subs:
+            wholes, lowered = self._pairs_of_spans(head, tables, lows)
+        else:
+            words = self._words(head, tables)
+            wholes, lowered = [self._integers(c, own, starts) for c, own in enumerate(words)], []
+        for c, whole in enumerate(wholes):
+            self._finish(c, whole, lowered[c] if lowered else None, record, scales, sums)
+
+    def _words(self, vectors: Any, tables: Any) -> list[list[Any]]:
+        """Return what a span's indices find, words of 64 rows for each activation."""
+        builder, layout, n = self.builder, self.layout, self.n
+        zeros = [self.vectors.zero(kind) for kind in self.vectors.part_types()]
         totals = [[cgutils.alloca_once_value(builder, zero) for zero in zeros] for _ in range(n)]
         groups, n_vectors = layout.unit
-        n_units = layout.n_groups // groups
+        n_units = layout.span_groups // groups
         for plane in range(layout.planes):
             for slot in [slot for pair in totals for slot in pair] if plane else []:
                 known = builder.load(slot)
                 builder.store(builder.add(known, known), slot)
-            start = TALL * layout.scale_size + plane * layout.plane_vectors * LINE
+            start = plane * layout.plane_vectors * LINE
             with cgutils.for_range(builder, ir.Constant(I64, n_units)) as loop:
                 place = self._sum(self._times(loop.index, n_vectors * LINE), start)
                 table = self._times(loop.index, groups * n * LINE)
                 self._unit(
-                    self._pointer(record, place), self._pointer(tables, table), groups, totals
+                    self._pointer(vectors, place), self._pointer(tables, table), groups, totals
                 )
             if layout.rest[0]:
                 place = ir.Constant(I64, start + n_units * n_vectors * LINE)
                 table = ir.Constant(I64, n_units * groups * n * LINE)
-                own = self._pointer(record, place), self._pointer(tables, table)
+                own = self._pointer(vectors, place), self._pointer(tables, table)
                 self._unit(*own, layout.rest[0], totals)
-        at = [self._pointer(one, ir.Constant(I64, 0)) for one in (record, starts, scales, sums)]
-        for c in range(n):
-            sums_of_rows = vectors.joined([builder.load(slot) for slot in totals[c]])
-            self._finish(c, sums_of_rows, *at)
+        return [self.vectors.joined([builder.load(slot) for slot in own]) for own in totals]
+
+    def _integers(self, c: int, words: list[Any], starts: Any) -> list[Any]:
+        """Return one activation's words as integers, what code 0 stands for included."""
+        vectors, found = self.vectors, []
+        for total in words:
+            if self.layout.zero:
+                start = self.builder.trunc(vectors.load(starts, 4 * c, I32, 4), I16)
+                total = self.builder.add(total, vectors.broadcast(start, 32))
+            parts = [vectors.part(total, i, 2) for i in range(2)]
+            found += [self.builder.sext(part, INTS) for part in parts]
+        return found
+
+    def _pairs_of_spans(
+        self, record: Any, tables: Any, lows: Any
+    ) -> tuple[list[list[Any]], list[list[Any]]]:
+        """Return a block's integers: times sub-scales, and activations' sums times sub-offsets."""
+        builder, vectors, layout, n = self.builder, self.vectors, self.layout, self.n
+        wholes, lowered = self._slots(), self._slots()
+        codes_bytes = layout.planes * layout.plane_vectors * LINE
+        n_pairs = layout.block // layout.span // 2
+        with cgutils.for_range(builder, ir.Constant(I64, n_pairs)) as loop:
+            subs = builder.add(record, self._times(loop.index, 2 * layout.span_bytes))
+            table = builder.add(tables, self._times(loop.index, 2 * layout.span_groups * n * LINE))
+            found = [
+                self._words(
+                    self._sum(subs, 2 * LINE + i * codes_bytes),
+                    self._sum(table, i * layout.span_groups * n * LINE),
+                )
+                for i in range(2)
+            ]
+            at = self._pointer(subs, ir.Constant(I64, 0))
+            theirs = self._pointer(lows, self._times(loop.index, 4 * n))
+            for part in range(4):
+                scales, offsets = (
+                    vectors.pairs_of_nibbles(at, i * LINE + part * ROWS) for i in range(2)
+                )
+                for c in range(n):
+                    first, second = (words[c][part // 2] for words in found)
+                    both = vectors.side_by_side(first, second, part % 2)
+                    self._add_pairs(wholes[c][part], both, scales)
+                    low = vectors.broadcast(vectors.load(theirs, 4 * c, I32, 4))
+                    self._add_pairs(lowered[c][part], offsets, low)
+        return self._loaded(wholes), self._loaded(lowered)
+
+    def _slots(self) -> list[list[Any]]:
+        """Return memory for 64 rows' integers of each activation, zeros."""
+        zero = self.vectors.zero(INTS)
+        rows = range(TALL // ROWS)
+        return [
+            [cgutils.alloca_once_value(self.builder, zero) for _ in rows] for _ in range(self.n)
+        ]
+
+    def _loaded(self, slots: list[list[Any]]) -> list[list[Any]]:
+        return [[self.builder.load(slot) for slot in own] for own in slots]
+
+    def _add_pairs(self, slot: Any, a: Any, b: Any) -> None:
+        total = self.vectors.dot_pairs(self.builder.load(slot), a, b)
+        self.builder.store(total, slot)
 
     def _unit(self, record: Any, tables: Any, groups: int, totals: list[list[Any]]) -> None:
         """Look the indices of some vectors up."""
@@ -147,29 +220,29 @@ class _Lookup:
         return builder.or_(kept, builder.and_(others, vectors.constant(WORDS, 0xFFFF & ~mask)))
 
     def _finish(
-        self, c: int, totals: list[Any], record: Any, starts: Any, scales: Any, sums: Any
-    ) -> None:
+        self, c: int, wholes: list[Any], lowered: list[Any] | None, record: Any, scales: Any,
+        sums: Any,
+    ) -> None:  # fmt: skip
         """Add one activation's integers, scaled, to its sums."""
-        builder, vectors, layout = self.builder, self.vectors, self.layout
+        builder, vectors = self.builder, self.vectors
         theirs = vectors.broadcast(vectors.load(scales, 4 * c, F32, 4))
-        for half, total in enumerate(totals):
-            if layout.zero:
-                start = builder.trunc(vectors.load(starts, 4 * c, I32, 4), I16)
-                total = builder.add(total, vectors.broadcast(start, 32))
-            for part in range(2):
-                first = half * 2 + part
-                whole = builder.sext(vectors.part(total, part, 2), INTS)
-                place = first * ROWS * layout.scale_size
-                if layout.scale_size == 2:
-                    kind = ir.VectorType(HALF, ROWS)
-                    own = vectors.half(vectors.load(record, place, kind, ROWS))
-                else:
-                    own = vectors.load(record, place, FLOATS, ROWS)
-                place = (c * TALL + first * ROWS) * 4
-                known = vectors.load(sums, place, FLOATS, LINE)
-                factor = builder.fmul(own, theirs)
-                known = vectors.fma(known, factor, vectors.to_float(whole))
-                vectors.store(known, sums, place, LINE)
+        for part, whole in enumerate(wholes):
+            place = (c * TALL + part * ROWS) * 4
+            known = vectors.load(sums, place, FLOATS, LINE)
+            factor = builder.fmul(self._scales(record, part), theirs)
+            known = vectors.fma(known, factor, vectors.to_float(whole))
+            if lowered is not None:
+                factor = builder.fmul(self._scales(record, TALL // ROWS + part), theirs)
+                known = vectors.fma(known, factor, vectors.to_float(lowered[part]))
+            vectors.store(known, sums, place, LINE)
+
+    def _scales(self, record: Any, part: int) -> Any:
+        """Return 16 rows' super-scales; behind the 64th of them, super-offsets."""
+        place = part * ROWS * self.layout.scale_size
+        if self.layout.scale_size == 4:
+            return self.vectors.load(record, place, FLOATS, ROWS)
+        halves = self.vectors.load(record, place, ir.VectorType(HALF, ROWS), ROWS)
+        return self.vectors.half(halves)
 
     def _down(self, words: Any, shift: int) -> Any:
         return self.builder.lshr(words, self.vectors.constant(WORDS, shift)) if shift else words
@@ -210,14 +283,14 @@ def _write_tables(typing_context, product, codes, tables):
 
 
 @intrinsic
-def _add_block(typing_context, product, record, tables, starts, scales, sums):
+def _add_block(typing_context, product, record, tables, starts, scales, lows, sums):
     """Add a record's product to sums; all arguments are addresses."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _Lookup(builder, product).add_block(*arguments[1:])
         return context.get_dummy_value()
 
-    return types.none(product, *[types.int64] * 5), generate
+    return types.none(product, *[types.int64] * 6), generate
 
 
 @kernel()
@@ -247,6 +320,7 @@ def look_up(product, arguments, thread, n_threads):
                         tables,
                         arguments[8] + moved + b * n * 4,
                         arguments[9] + moved + b * n * 4,
+                        arguments[16] + moved + b * (block // 32) * n * 4,
                         at + (tile - low) * TALL * n * 4,
                     )
             for c in range(n):
@@ -270,11 +344,13 @@ def lookup_operation(
     """Return code and arguments of an operation; parameters as ``products.operation``'s."""
     layout, row = tiles.layout, outputs.strides[0]
     starts = base + (where.sums(layout.block, layout.zero) if layout.zero else 0)
+    lows = base + (where.sums(layout.span, 1) if layout.has_subs else 0)
     arguments = np.array(
         [
             tiles.data.ctypes.data, tiles.n_tiles, tiles.n_in // layout.block, where.n,
             layout.block, layout.record_bytes, adds, base, starts, base + where.scales,
             outputs.ctypes.data, row, where.n * row, n_groups, where.n_bytes, tiles.n_out,
+            lows,
         ],
         np.int64,
     )  # fmt: skip

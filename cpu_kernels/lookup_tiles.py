@@ -15,6 +15,9 @@ and all rows of a panel are looked up in them before the next block's are made::
     panel    = for every block of columns: one record of every tile
     record   = 64 super-scales, then vectors of 32 words: word r holds indices of the rows r and
                32 + r; with bits from the highest plane to the lowest
+    Q2_K     64 super-scales, 64 super-offsets; then for every two groups of 16 columns a byte a
+               row of sub-scales, the first group's in the lower half, one of sub-offsets, and the
+               vectors of either group
     bits     vector v: groups 2 v and 2 v + 1 of row r, then the same two of row 32 + r
     others   five vectors: group 0 of row r, of row 32 + r, group 1 …, 16 indices of five bits.
              Word i holds three, from the bits i + 1, i + 6 and i + 11 on; the lowest bits of the
@@ -42,6 +45,7 @@ from cpu_kernels.isa import Isa
 from cpu_kernels.tiles import LINE, aligned_bytes
 
 Indices = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 TALL = 64  # rows of a tile
 PANEL = 32  # tiles of a panel
@@ -75,6 +79,7 @@ class LookupLayout:
     block : columns that share a scale
     inputs : how llama.cpp quantizes what this type is multiplied by
     scale_size : bytes of a scale
+    span : columns that share a sub-scale and -offset; the block where there are none
     """
 
     qtype: str
@@ -84,6 +89,17 @@ class LookupLayout:
     block: int
     inputs: str
     scale_size: int
+    span: int
+
+    @property
+    def has_subs(self) -> bool:
+        """Whether there are sub-scales, sub-offsets and super-offsets."""
+        return self.span < self.block
+
+    @property
+    def head(self) -> int:
+        """Bytes of a record before its vectors."""
+        return TALL * self.scale_size * (1 + self.has_subs)
 
     @property
     def columns(self) -> int:
@@ -93,7 +109,12 @@ class LookupLayout:
     @property
     def n_groups(self) -> int:
         """Groups of columns of a block."""
-        return -(-self.block // self.columns)
+        return self.block // self.span * self.span_groups
+
+    @property
+    def span_groups(self) -> int:
+        """Groups of columns of a span."""
+        return -(-self.span // self.columns)
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -103,18 +124,23 @@ class LookupLayout:
     @property
     def rest(self) -> tuple[int, int]:
         """Groups, and vectors, of the last, smaller unit of a plane."""
-        groups = self.n_groups % self.unit[0]
+        groups = self.span_groups % self.unit[0]
         return groups, -(-2 * groups // 3)
 
     @property
     def plane_vectors(self) -> int:
-        """Vectors of a plane."""
-        return self.n_groups // self.unit[0] * self.unit[1] + self.rest[1]
+        """Vectors of a plane of a span."""
+        return self.span_groups // self.unit[0] * self.unit[1] + self.rest[1]
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of a span's share of a record."""
+        return (self.planes * self.plane_vectors + self.has_subs) * LINE
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return TALL * self.scale_size + self.planes * self.plane_vectors * LINE
+        return self.head + self.block // self.span * self.span_bytes
 
     @property
     def bpw(self) -> float:
@@ -127,12 +153,14 @@ def lookup_layout_of(qtype: GGMLQuantizationType, isa: Isa) -> LookupLayout | No
     """Return how a type is looked up; None: it is not."""
     size = 2 if isa.has_half else 4
     if qtype == _T.Q4_0:
-        return LookupLayout("Q4_0", "bits", 4, -8, 32, "Q8_0", size)
+        return LookupLayout("Q4_0", "bits", 4, -8, 32, "Q8_0", size, span=32)
+    if qtype == _T.Q2_K:
+        return LookupLayout("Q2_K", "bits", 2, 0, 256, "Q8_K", size, span=16)
     if qtype not in (_T.TQ1_0, _T.TQ2_0):
         return None
     if isa.vector_bytes == 64:  # looks up words in tables of 32
-        return LookupLayout(qtype.name, "trits", 1, 0, 256, "Q8_K", size)
-    return LookupLayout(qtype.name, "bits", 2, -1, 256, "Q8_K", size)
+        return LookupLayout(qtype.name, "trits", 1, 0, 256, "Q8_K", size, span=256)
+    return LookupLayout(qtype.name, "bits", 2, -1, 256, "Q8_K", size, span=256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,20 +212,20 @@ def rearrange_for_lookup(
     out = _memory(layout, len(packed), n_in) if out is None else out
     for panel, rows in _panels(layout, packed, out):
         fields, codes = form.unpack(rows)
-        _write(layout, _indices(layout, codes), fields.super_scale, panel)
+        scales = [fields.super_scale, fields.super_offset][: 1 + layout.has_subs]
+        subs = [fields.sub_scale, fields.sub_offset] if layout.has_subs else []
+        _write(layout, _indices(layout, codes), scales, subs, panel)
     return LookupTiles(layout, len(packed), n_in, out)
 
 
-def rearrange_indices(
-    layout: LookupLayout, indices: Indices, scales: npt.NDArray[np.float32]
-) -> LookupTiles:
+def rearrange_indices(layout: LookupLayout, indices: Indices, scales: Floats) -> LookupTiles:
     """Rearrange indices, (n_out, groups) uint8, and scales, (n_out, n_blocks) float32."""
     n_in = scales.shape[1] * layout.block
     out = _memory(layout, len(indices), n_in)
     for (panel, rows), (_, own) in zip(
         _panels(layout, indices, out), _panels(layout, scales, out), strict=True
     ):
-        _write(layout, rows[:, None, :], own, panel)
+        _write(layout, rows[:, None, :], [own], [], panel)
     return LookupTiles(layout, len(indices), n_in, out)
 
 
@@ -218,8 +246,8 @@ def _panels(
 
 def _indices(layout: LookupLayout, codes: Bytes) -> Indices:
     """Return the indices of rows, (n, planes, n_blocks · n_groups), the highest bits first."""
-    blocks = codes.reshape(len(codes), -1, layout.block)
-    room = layout.n_groups * layout.columns - layout.block
+    blocks = codes.reshape(len(codes), -1, layout.span)
+    room = layout.span_groups * layout.columns - layout.span
     # a code of 1 stands for the trit 0
     blocks = np.pad(blocks, ((0, 0), (0, 0), (0, room)), constant_values=1)
     groups = blocks.reshape(len(codes), 1, -1, layout.columns)
@@ -233,30 +261,33 @@ def _indices(layout: LookupLayout, codes: Bytes) -> Indices:
 
 
 def _write(
-    layout: LookupLayout, indices: Indices, scales: npt.NDArray[np.float32], panel: Bytes
+    layout: LookupLayout, indices: Indices, scales: list[Floats], subs: list[Floats], panel: Bytes
 ) -> None:
-    """Write one panel."""
-    if not np.isfinite(scales).all():
+    """Write one panel: scales and offsets by block, sub-scales and -offsets by span."""
+    if not all(np.isfinite(one).all() for one in scales):
         raise ValueError(
             f"rearrange: a scale of this {layout.qtype} weight is not finite. The file is damaged."
         )
     n_blocks, n_tiles, _ = panel.shape
 
-    def by_half(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return (..., n_blocks, each, n_tiles, half, 32) of (rows, ..., n_blocks · each)."""
+    def by_half(values: npt.NDArray[Any], n_spans: int) -> npt.NDArray[Any]:
+        """Return (..., n_spans, each, n_tiles, half, 32) of (rows, ..., n_spans · each)."""
         padded = np.zeros((n_tiles * TALL, *values.shape[1:]), values.dtype)
         padded[: len(values)] = values
-        cut = padded.reshape(n_tiles, 2, TALL // 2, *values.shape[1:-1], n_blocks, -1)
+        cut = padded.reshape(n_tiles, 2, TALL // 2, *values.shape[1:-1], n_spans, -1)
         return np.moveaxis(cut, (0, 1, 2), (-3, -2, -1))
 
-    stored = by_half(scales.astype("<f2" if layout.scale_size == 2 else "<f4"))[:, 0]
-    head = TALL * layout.scale_size
-    panel[:, :, :head] = np.ascontiguousarray(stored).view(np.uint8).reshape(n_blocks, n_tiles, -1)
-    by_plane = by_half(indices)  # (planes, n_blocks, groups, n_tiles, half, 32)
-    words = np.zeros((n_blocks, n_tiles, layout.planes, layout.plane_vectors, TALL // 2), "<u2")
+    size = TALL * layout.scale_size
+    for i, own in enumerate(scales):
+        stored = by_half(own.astype("<f2" if layout.scale_size == 2 else "<f4"), n_blocks)[:, 0]
+        stored = np.ascontiguousarray(stored).view(np.uint8).reshape(n_blocks, n_tiles, -1)
+        panel[:, :, i * size : (i + 1) * size] = stored
+    n_spans = n_blocks * layout.block // layout.span
+    by_plane = by_half(indices, n_spans)  # (planes, n_spans, groups, n_tiles, half, 32)
+    words = np.zeros((n_spans, n_tiles, layout.planes, layout.plane_vectors, TALL // 2), "<u2")
     groups, n_vectors = layout.unit
     for plane in range(layout.planes):
-        for unit in range(-(-layout.n_groups // groups)):
+        for unit in range(-(-layout.span_groups // groups)):
             own = by_plane[plane][:, unit * groups : (unit + 1) * groups].astype(np.uint16)
             target = words[:, :, plane, unit * n_vectors : (unit + 1) * n_vectors]
             if layout.kind == "bits":
@@ -264,7 +295,15 @@ def _write(
                 target[:, :, 0] |= own[:, 0, :, 1] << 8 | own[:, 1, :, 1] << 12
             else:
                 _write_fives(own, target)
-    panel[:, :, head:] = words.view(np.uint8).reshape(n_blocks, n_tiles, -1)
+    vectors = words.view(np.uint8).reshape(
+        n_blocks, -1, n_tiles, layout.planes * layout.plane_vectors * LINE
+    )
+    if layout.has_subs:
+        pairs = [by_half(one.astype(np.uint8), n_spans // 2) for one in subs]
+        joined = [one[:, 0] | one[:, 1] << 4 for one in pairs]  # (n_pairs, n_tiles, half, 32)
+        both = [one.reshape(n_blocks, -1, n_tiles, LINE) for one in joined]
+        vectors = np.concatenate([*both, vectors[:, ::2], vectors[:, 1::2]], axis=3)
+    panel[:, :, layout.head :] = vectors.swapaxes(1, 2).reshape(n_blocks, n_tiles, -1)
 
 
 def _write_fives(own: npt.NDArray[np.uint16], target: npt.NDArray[np.uint16]) -> None:

@@ -45,6 +45,7 @@ from cpu_kernels.simd import (
     as_float32,
     source_digest,
 )
+from cpu_kernels.streams import TOKENS, StreamType, stream
 from cpu_kernels.threads import Operation, Program, address_of
 from cpu_kernels.tiles import (
     HALF_LINE,
@@ -284,13 +285,10 @@ class _Product:
         """Return the sub-offsets of a group and the next, pairs of 16 bits."""
         vectors, layout, builder = self.vectors, self.layout, self.builder
         place = layout.places["low", group, 0]
-        if not layout.joined:
-            numbers = vectors.load(weights, place, ir.VectorType(I8, 2 * ROWS), ROWS)
-            return builder.bitcast(builder.zext(numbers, WORDS), INTS)
-        numbers = vectors.load(weights, place, ir.VectorType(I8, ROWS), ROWS)
-        wide = vectors.widen(numbers, signed=False)
-        both = builder.or_(wide, builder.shl(wide, vectors.constant(INTS, 12)))
-        return builder.and_(both, vectors.constant(INTS, 0x000F000F))
+        if layout.joined:
+            return vectors.pairs_of_nibbles(weights, place)
+        numbers = vectors.load(weights, place, ir.VectorType(I8, 2 * ROWS), ROWS)
+        return builder.bitcast(builder.zext(numbers, WORDS), INTS)
 
     def _scale(self, weights: Any, offset: int) -> Any:
         """Return 16 rows' super-scales."""
@@ -437,11 +435,11 @@ class Product:
         quantizing = quantize_arguments(self.inputs[first:], where, base, self._scratch, n_groups)
         return [
             Operation(address_of(quantize_at), quantizing),
-            operation(tiles, base, where, self.outputs[first:], n_groups, chosen()),
+            *operations(tiles, base, where, self.outputs[first:], n_groups, chosen()),
         ]
 
 
-def operation(
+def operations(
     tiles: Weight,
     base: int,
     where: InputLayout,
@@ -451,25 +449,37 @@ def operation(
     *,
     adds: bool = False,
     meets: bool = True,
-) -> Operation:
-    """Return the operation that multiplies a weight, compiled for its family.
+) -> list[Operation]:
+    """Return the operations that multiply a weight, compiled for its family.
 
     Parameters
     ----------
     tiles : the weight
     base : address of the quantized activations
     where : their layout
-    outputs : (n · n_groups or more, rows padded to 16) float32, written by the operation
+    outputs : (n · n_groups or more, rows padded to 16) float32, written by the operations
     n_groups : of activations
     isa : of the kernel
     adds : whether results are added to the outputs
-    meets : see ``Operation``
+    meets : see ``Operation``; of the last one
     """
     if isinstance(tiles, LookupTiles):
         found = lookup_operation(tiles, base, where, outputs, n_groups, isa, adds=adds)
-        return Operation(*found, meets)
+        return [Operation(*found, meets)]
+    together = TOKENS // where.n  # groups of a vector of tokens
+    streamed = n_groups // together * together if tiles.streams else 0
+    parts = []
+    if streamed:
+        code = address_of(stream, StreamType(tiles.layout, isa, where.n))
+        arguments = _arguments(tiles, base, where, outputs, streamed, isa)
+        is_last = streamed == n_groups
+        parts.append(Operation(code, np.append(arguments, adds), meets and is_last))
+        if is_last:
+            return parts
     code = address_of(multiply, ProductType(tiles.layout, isa, where.n, adds=adds))
-    return Operation(code, _arguments(tiles, base, where, outputs, n_groups, isa), meets)
+    base, outputs = base + streamed * where.n_bytes, outputs[streamed * where.n :]
+    arguments = _arguments(tiles, base, where, outputs, n_groups - streamed, isa)
+    return [*parts, Operation(code, arguments, meets)]
 
 
 def _arguments(

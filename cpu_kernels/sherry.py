@@ -163,5 +163,6 @@ def rearrange(packed: Bytes, isa: Isa) -> LookupTiles:
         The rows are no whole number of blocks, or a scale is not finite.
     """
     states, scales = unpack(packed)
-    layout = LookupLayout(NAME, "sparse", 1, 0, BLOCK_SIZE, "Q8_K", 2 if isa.has_half else 4)
+    size = 2 if isa.has_half else 4
+    layout = LookupLayout(NAME, "sparse", 1, 0, BLOCK_SIZE, "Q8_K", size, BLOCK_SIZE)
     return rearrange_indices(layout, states, scales)

@@ -116,6 +116,13 @@ class Vectors:
         extend = self.builder.sext if signed else self.builder.zext
         return extend(numbers, INTS)
 
+    def pairs_of_nibbles(self, pointer: Value, offset: int) -> Value:
+        """Return the halves of 16 bytes in memory as pairs of 16 bits, the lower half first."""
+        numbers = self.load(pointer, offset, ir.VectorType(I8, 16), 16)
+        wide = self.widen(numbers, signed=False)
+        both = self.builder.or_(wide, self.builder.shl(wide, self.constant(INTS, 12)))
+        return self.builder.and_(both, self.constant(INTS, 0x000F000F))
+
     def lookup(self, table: Value, indices: Value) -> Value:
         """Return bytes of a table of 16 (see ``table``) at indices below 16."""
         if self.isa.vector_bytes == 64:
@@ -340,7 +347,7 @@ class Vectors:
         cut = [[self.part(value, i, n_parts) for value in arguments] for i in range(n_parts)]
         parts = [self._call(name, part_type, one) for one in cut]
         while len(parts) > 1:
-            parts = [self._join(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+            parts = [self.join(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
         return parts[0]
 
     def part(self, value: Value, i: int, n_parts: int) -> Value:
@@ -350,7 +357,14 @@ class Vectors:
         undefined = ir.Constant(value.type, ir.Undefined)
         return self.builder.shuffle_vector(value, undefined, lanes)
 
-    def _join(self, low: Value, high: Value) -> Value:
+    def side_by_side(self, first: Value, second: Value, half: int) -> Value:
+        """Return the words of half of two vectors, those of a lane together, as integers."""
+        lanes = [lane + 32 * i for lane in range(16 * half, 16 * half + 16) for i in range(2)]
+        places = ir.Constant(ir.VectorType(I32, 32), lanes)
+        return self.builder.bitcast(self.builder.shuffle_vector(first, second, places), INTS)
+
+    def join(self, low: Value, high: Value) -> Value:
+        """Return the lanes of two vectors, one after the other."""
         lanes = list(range(2 * low.type.count))
         return self.builder.shuffle_vector(
             low, high, ir.Constant(ir.VectorType(I32, len(lanes)), lanes)

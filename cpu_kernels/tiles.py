@@ -279,12 +279,14 @@ class Tiles:
     layout : where its numbers lie
     n_out, n_in : rows and columns
     data : (n_tiles, n_records · record_bytes) uint8, begins at a multiple of 64 bytes
+    streams : whether many tokens are multiplied by tables over tokens (``streams``)
     """
 
     layout: Layout
     n_out: int
     n_in: int
     data: Bytes
+    streams: bool = False
 
     @property
     def n_tiles(self) -> int:

@@ -7,6 +7,7 @@ from gguf import GGMLQuantizationType
 
 from cpu_kernels import isa
 from cpu_kernels.bandwidth import Reader
+from cpu_kernels.streams import TOKENS
 from edgeq import benchmarks
 from edgeq.allocation import speeds
 from edgeq.allocation.costs import Candidate, Costs, TensorCosts
@@ -41,9 +42,10 @@ def test_types_are_timed_beside_ggml(found):
 
 def test_both_families_are_timed(found):
     for row in found.types:
-        ns = dict(zip(("dot", "lookup"), row.of_families, strict=True))
+        ns = dict(zip(("dot", "lookup", "stream"), row.of_families, strict=True))
         assert row.ns_per_weight == ns[row.family]
         assert (ns["lookup"] is None) == (row.type != "Q4_0")
+        assert ns["stream"] is None
     alone = benchmarks.bench_types(["sherry"], [1], mebibytes=1, repetitions=2, steps=Steps())
     assert alone.types == ()  # speeds.json is for plans, which it is none for
     (row,) = alone.sherry
@@ -51,6 +53,17 @@ def test_both_families_are_timed(found):
     assert row.file_bpw == 1.3125
     assert "SHERRY" in alone.as_text()
     assert alone.as_json()["sherry"][0]["ns_per_weight"] == row.ns_per_weight
+
+
+def test_tables_over_tokens_are_timed_where_whole_vectors_are():
+    tokens = TOKENS - 1, TOKENS
+    found = benchmarks.bench_types(
+        ["TQ2_0"], [1], tokens=tokens, mebibytes=1, repetitions=1, steps=Steps()
+    )
+    few, many = found.types
+    assert few.stream_ns_per_weight is None
+    assert many.stream_ns_per_weight > 0
+    assert many.ns_per_weight in many.of_families
 
 
 def test_all_of_a_memory_is_read():

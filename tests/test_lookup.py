@@ -25,7 +25,7 @@ from tests.command_line import refused
 from tests.test_products import arm_assembly, assert_close, expected, guarded, inputs_of
 
 T = GGMLQuantizationType
-TYPES = (T.Q4_0, T.TQ1_0, T.TQ2_0)
+TYPES = (T.Q4_0, T.Q2_K, T.TQ1_0, T.TQ2_0)
 EVERY = pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
 
 
@@ -36,6 +36,10 @@ def packed_of(qtype, n_out, n_in, seed=0):
     fields, codes = form.unpack(np.zeros((n_out, row_bytes), np.uint8))
     scales = random.normal(size=fields.super_scale.shape).astype(np.float32)
     fields = replace(fields, super_scale=form.snap_super_scale(scales))
+    if form.has_offset:
+        subs = random.integers(0, 16, (2, *fields.sub_scale.shape)).astype(np.float32)
+        offsets = form.snap_super_offset(random.normal(size=scales.shape).astype(np.float32))
+        fields = replace(fields, sub_scale=subs[0], sub_offset=subs[1], super_offset=offsets)
     return form.pack(fields, random.integers(0, len(form.levels), codes.shape).astype(np.uint8))
 
 
@@ -61,7 +65,9 @@ def test_a_lookup_is_the_product_of_the_decoded_weight(qtype):
     assert_close(Product(found)(values), expected(packed, qtype, values, found.layout.inputs))
 
 
-@pytest.mark.parametrize(("qtype", "code"), [(T.Q4_0, 0), (T.Q4_0, 15), (T.TQ1_0, 2), (T.TQ2_0, 0)])
+@pytest.mark.parametrize(
+    ("qtype", "code"), [(T.Q4_0, 0), (T.Q4_0, 15), (T.Q2_K, 3), (T.TQ1_0, 2), (T.TQ2_0, 0)]
+)
 def test_the_largest_sums_fit_16_bits(qtype, code):
     packed = packed_of(qtype, 5, 512)
     fields, codes = FORMATS[qtype].unpack(packed)
@@ -71,6 +77,26 @@ def test_the_largest_sums_fit_16_bits(qtype, code):
         wanted = Product(dot)(values)
         assert np.abs(wanted).max() > 0
         np.testing.assert_array_equal(Product(found)(values), wanted)
+
+
+@pytest.mark.parametrize("planes", [2, 4])
+def test_sums_of_signs_are_the_same_tables(planes):
+    """LUT-GEMM's binary codes (arXiv:2206.09557): ±1 a plane, a table half of which is the other's.
+
+    Of a uniform code they say twice what T-MAC's bits do, and the activations' sum less.
+    """
+    random = np.random.default_rng(planes)
+    inputs, codes = random.integers(-127, 128, 256), random.integers(0, 2**planes, (40, 256))
+    of_bits = inputs.reshape(-1, 4) @ lookup_tiles.sums_of("bits")[:, :16]
+    of_signs = inputs.reshape(-1, 4) @ (2 * lookup_tiles.sums_of("bits")[:, :16] - 1)
+    np.testing.assert_array_equal(of_signs, 2 * of_bits - inputs.reshape(-1, 4).sum(1)[:, None])
+    np.testing.assert_array_equal(of_signs, -of_signs[:, ::-1])
+
+    layout = replace(lookup_layout_of(T.Q2_K, chosen()), planes=planes, span=256)
+    indices = lookup_tiles._indices(layout, codes.astype(np.uint8))
+    found = np.take_along_axis(of_signs[None, None], indices[..., None], 3)[..., 0].sum(axis=2)
+    twice = found @ (1 << np.arange(planes)[::-1]) + (2**planes - 1) * inputs.sum()
+    np.testing.assert_array_equal(twice, 2 * (codes @ inputs))
 
 
 @pytest.mark.skipif(available_cpus() < 2, reason="one CPU")
@@ -89,8 +115,8 @@ def test_results_are_added_where_that_is_asked_for():
     quantizing, _ = product._program._operations
     where = InputLayout(64, 1, KINDS.index("Q8_0"))
     base = product._buffers[0].ctypes.data
-    adding = products.operation(found, base, where, product.outputs, 1, chosen(), adds=True)
-    Program([quantizing, adding], 1).run()
+    adding = products.operations(found, base, where, product.outputs, 1, chosen(), adds=True)
+    Program([quantizing, *adding], 1).run()
     np.testing.assert_array_equal(product.outputs[:, :100], 2 * once)
     assert not product.outputs[:, 100:].any()
 
@@ -131,7 +157,7 @@ from cpu_kernels.lookup_tiles import LookupLayout, lookup_layout_of, rearrange_f
 from cpu_kernels.products import Product
 from cpu_kernels.tiles import rearrange
 values = np.load(f"{sys.argv[1]}/inputs.npy")
-for name in ("Q4_0", "TQ2_0"):
+for name in ("Q4_0", "Q2_K", "TQ2_0"):
     packed = np.load(f"{sys.argv[1]}/{name}.npy")
     wanted = Product(rearrange(T[name], packed, chosen()), len(values))(values)
     weight = rearrange_for_lookup(lookup_layout_of(T[name], chosen()), packed)
@@ -158,21 +184,24 @@ def test_a_lower_instruction_set_gives_the_same(name, tmp_path):
     assert_close(np.load(tmp_path / f"{name}.npy"), wanted)
 
 
-@pytest.mark.parametrize("kind", ["bits", "sparse"])
-def test_arm_code_looks_bytes_up(kind):
+@pytest.mark.parametrize(
+    ("qtype", "groups"), [(T.TQ2_0, 2 * 2), (T.Q2_K, 2 * 2 * 2), (None, 8 * 2)]
+)
+def test_arm_code_looks_bytes_up(qtype, groups):
     """What a phone would run, compiled here: its own instructions, no emulated ones."""
     (neon,) = isas._ARM
-    layout = lookup_layout_of(T.TQ2_0, neon)
-    assert layout.kind == "bits"
-    if kind == "sparse":
+    if qtype:
+        layout = lookup_layout_of(qtype, neon)
+        assert layout.kind == "bits"
+    else:
         layout = sherry.rearrange(np.zeros((1, sherry.TYPE_SIZE), np.uint8), neon).layout
     kind_of = lookup.LookupType(layout, neon, 1)
     assembly = arm_assembly(
-        neon.cpu, 5, lambda builder, *given: lookup._Lookup(builder, kind_of).add_block(*given)
+        neon.cpu, 6, lambda builder, *given: lookup._Lookup(builder, kind_of).add_block(*given)
     )
-    # four registers of places, low and high bytes, for every group of a unit and plane; tables of
-    # 32 are two
-    assert assembly.count("\ttbl\t") == 4 * 2 * {"bits": 2 * 2, "sparse": 8 * 2}[kind]
+    # four registers of places, low and high bytes, for every group of a unit, plane and span; twice
+    # where tables of 32 are two
+    assert assembly.count("\ttbl\t") == 4 * 2 * groups
     assert "\tbl\t" not in assembly  # calls no library
 
 
@@ -191,7 +220,7 @@ def test_weights_that_cannot_be_multiplied_are_refused(packed, what):
 @pytest.fixture
 def timings(tmp_path, monkeypatch):
     """What is timed, with results that are told."""
-    gains, asked = {T.Q4_0: 0.5, T.TQ1_0: 1.5, T.TQ2_0: 1.01}, []
+    gains, asked = {T.Q4_0: 0.5, T.Q2_K: 0.9, T.TQ1_0: 1.5, T.TQ2_0: 1.01}, []
 
     def gain(qtype, layout, n_threads):
         asked.append((qtype, n_threads))
@@ -200,21 +229,22 @@ def timings(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "_gain", gain)
     monkeypatch.setattr(choice, "cache_folder", lambda kernel: tmp_path)
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    choice._faster.cache_clear()
+    choice._is_faster.cache_clear()
     yield asked
-    choice._faster.cache_clear()
+    choice._is_faster.cache_clear()
 
 
 def test_the_faster_family_is_timed_once_and_kept(timings, tmp_path):
-    wanted = {T.Q4_0: "dot", T.TQ1_0: "lookup", T.TQ2_0: "dot", T.Q6_K: "dot"}
+    wanted = {T.Q4_0: "dot", T.Q2_K: "dot", T.TQ1_0: "lookup", T.TQ2_0: "dot", T.Q6_K: "dot"}
     for _ in range(2):
         assert {qtype: choice.family_of(qtype, 1) for qtype in wanted} == wanted
-        choice._faster.cache_clear()  # as in another process
+        choice._is_faster.cache_clear()  # as in another process
     assert timings == [(qtype, 1) for qtype in TYPES]
     choice.family_of(T.Q4_0, 2)
-    assert timings[3:] == [(T.Q4_0, 2)]
+    assert timings[4:] == [(T.Q4_0, 2)]
     one, other = sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_size)
-    assert json.loads(one.read_text()) == {"Q4_0": "dot", "TQ1_0": "lookup", "TQ2_0": "dot"}
+    del wanted[T.Q6_K]
+    assert json.loads(one.read_text()) == {qtype.name: name for qtype, name in wanted.items()}
     assert json.loads(other.read_text()) == {"Q4_0": "dot"}
 
 

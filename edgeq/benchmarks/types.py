@@ -18,11 +18,12 @@ from converters.output import replacing
 from cpu_kernels import sherry
 from cpu_kernels.bandwidth import Reader
 from cpu_kernels.block_formats import FORMATS
-from cpu_kernels.choice import DOT, LOOKUP, family_of
+from cpu_kernels.choice import DOT, LOOKUP, STREAM, family_of
 from cpu_kernels.isa import chosen
 from cpu_kernels.lattice_formats import LATTICES
 from cpu_kernels.lookup_tiles import lookup_layout_of, rearrange_for_lookup
 from cpu_kernels.products import Product, Weight
+from cpu_kernels.streams import TOKENS, may_stream
 from cpu_kernels.tiles import aligned_bytes, rearrange
 from edgeq.benchmarks.sampling import samples_of
 from edgeq.console import Steps, markdown_table
@@ -47,8 +48,9 @@ class TypeSpeed:
     ----------
     type : ggml's name
     n, threads : tokens of a product, threads
-    family : of the kernel that multiplies this type on this machine, dot or lookup
-    dot_ns_per_weight, lookup_ns_per_weight : of both families; None where there is none
+    family : of the kernel that multiplies this type on this machine: dot, lookup or stream
+    dot_ns_per_weight, lookup_ns_per_weight, stream_ns_per_weight : of all families; None where
+        there is none
     ns_per_weight : of our kernel, a token
     gb_per_s : of our rearranged weights; 10⁹ bytes
     share_of_bandwidth : of what as many threads read from memory at most; for one token
@@ -64,6 +66,7 @@ class TypeSpeed:
     family: str
     dot_ns_per_weight: float | None
     lookup_ns_per_weight: float | None
+    stream_ns_per_weight: float | None
     ns_per_weight: float
     gb_per_s: float
     share_of_bandwidth: float | None
@@ -76,9 +79,9 @@ class TypeSpeed:
     file_bpw: float
 
     @property
-    def of_families(self) -> tuple[float | None, float | None]:
-        """Nanoseconds a weight with dot and with lookup."""
-        return self.dot_ns_per_weight, self.lookup_ns_per_weight
+    def of_families(self) -> tuple[float | None, float | None, float | None]:
+        """Nanoseconds a weight with dot, with lookup and with stream."""
+        return self.dot_ns_per_weight, self.lookup_ns_per_weight, self.stream_ns_per_weight
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,13 @@ class TypesBench:
     def as_text(self) -> str:
         """Return what a terminal shows."""
         header = ["type", "tokens", "threads", "family", "dot ns/weight", "lookup ns/weight"]
-        header += ["GB/s", "of memory", "ggml ns/weight", "times ggml (quartiles)"]
+        header += [
+            "stream ns/weight",
+            "GB/s",
+            "of memory",
+            "ggml ns/weight",
+            "times ggml (quartiles)",
+        ]
         rows = [
             [
                 row.type,
@@ -167,7 +176,7 @@ def bench_types(
     combinations = [(name, n, t) for name in types for n in tokens for t in threads]
     with steps.step("bench types") as progress:
         for i, (name, n, n_threads) in enumerate(combinations):
-            made = _made(name, types[name], n_threads)
+            made = _made(name, types[name], n, n_threads)
             rows.append(_bench_type(name, made, n, n_threads, mebibytes, repetitions, bandwidth))
             if progress is not None:
                 progress(i + 1, len(combinations))
@@ -198,18 +207,21 @@ class _Made:
     file_bpw: float
 
 
-def _made(name: str, qtype: GGMLQuantizationType, n_threads: int) -> _Made:
+def _made(name: str, qtype: GGMLQuantizationType, n: int, n_threads: int) -> _Made:
     packed = _encoded(qtype)
     if name == sherry.NAME:
         own = sherry.rearrange(sherry.encode(_weight()), chosen())
         bits = 8 * sherry.TYPE_SIZE / sherry.BLOCK_SIZE
         return _Made(qtype, packed, {LOOKUP: own}, LOOKUP, bits)
-    families: dict[str, Weight] = {DOT: rearrange(qtype, packed, chosen())}
+    tiles = rearrange(qtype, packed, chosen())
+    families: dict[str, Weight] = {DOT: tiles}
     layout = lookup_layout_of(qtype, chosen())
     if layout is not None:
         families[LOOKUP] = rearrange_for_lookup(layout, packed)
+    if n >= TOKENS and may_stream(tiles.layout):
+        families[STREAM] = replace(tiles, streams=True)
     block, size = GGML_QUANT_SIZES[qtype]
-    return _Made(qtype, packed, families, family_of(qtype, n_threads), 8 * size / block)
+    return _Made(qtype, packed, families, family_of(qtype, n_threads, n), 8 * size / block)
 
 
 def _weight() -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -261,6 +273,7 @@ def _bench_type(
         family=made.family,
         dot_ns_per_weight=ns.get(DOT),
         lookup_ns_per_weight=ns.get(LOOKUP),
+        stream_ns_per_weight=ns.get(STREAM),
         ns_per_weight=ns[made.family],
         gb_per_s=speed,
         share_of_bandwidth=speed / bandwidth[n_threads] if n == 1 else None,

@@ -15,7 +15,7 @@ from cpu_kernels.inputs import (
     quantize_at,
 )
 from cpu_kernels.isa import chosen
-from cpu_kernels.products import groups_of, multiply_floats, operation
+from cpu_kernels.products import groups_of, multiply_floats, operations
 from cpu_kernels.threads import Operation, address_of
 from cpu_kernels.tiles import aligned_bytes
 from edgeq.decoding.shape import Shape
@@ -89,8 +89,8 @@ class Builder:
         for start, n, n_groups in groups_of(self._n, self._isa):
             where, buffer = self._buffer(weight.n_in, weight.layout.inputs, start, n, n_groups)
             base, rows = buffer.ctypes.data, out[start:]
-            self.operations.append(
-                operation(weight, base, where, rows, n_groups, self._isa, adds=adds, meets=meets)
+            self.operations.extend(
+                operations(weight, base, where, rows, n_groups, self._isa, adds=adds, meets=meets)
             )
 
     def add_normalized(self, rows: Floats, added: Floats, norm: Floats, shape: Shape) -> None:
