@@ -107,7 +107,7 @@ def _measure(
             evaluations[label] = Evaluation.from_json(json.loads(stored.read_text()))
     timed = [*files.values(), reference.path]
     with steps.step("time") as progress:
-        speeds = measure_speeds(timed, n_threads=n_threads, progress=progress)
+        speeds = measure_speeds(timed, n_threads=n_threads, as_judged=True, progress=progress)
     rows = [
         FileResult(label, path, *size_of(path), evaluations[label], timing, _maker(label))
         for (label, path), timing in zip(files.items(), speeds, strict=False)

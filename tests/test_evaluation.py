@@ -130,6 +130,28 @@ def test_base_file_equals_llama_perplexitys(stored):
     assert np.abs(ours[:, 4:].astype(int) - theirs[:, 4:].astype(int)).max() <= steps
 
 
+def test_large_files_are_judged_where_they_are_mapped(pair, beside, monkeypatch):
+    asked = []
+
+    class Asked(Model):
+        def __init__(self, path, *, repack=True, vocab_only=False, **more):
+            asked.extend([] if vocab_only else [(path, repack)])
+            super().__init__(path, repack=repack, vocab_only=vocab_only, **more)
+
+    for module in ("references", "speed", "store"):
+        monkeypatch.setattr(f"edgeq.evaluation.{module}.Model", Asked)
+    largest = max(path.stat().st_size for path in pair)
+    for limit, repack in ((largest, True), (0, False)):
+        monkeypatch.setattr("edgeq.evaluation.references.REPACKED_BYTES", limit)
+        asked.clear()
+        found = evaluate(pair[1], beside.chunks, pair[0], n_ctx=tiny_pair.N_CTX)
+        measure_speeds(pair[1:], n_prompt=8, n_gen=2, repetitions=1, as_judged=True)
+        measure_speeds(pair[1:], n_prompt=8, n_gen=2, repetitions=1)
+        others = [(pair[1], repack), (pair[1], True)]
+        assert asked == [(pair[1], repack), (pair[0], repack), *others]
+        np.testing.assert_allclose(found.nll, beside.nll, rtol=1e-2)
+
+
 @pytest.mark.parametrize(("n_ctx", "chunks"), [(4, 3), (33, 40), (128, 3), (640, 1), (1100, 1)])
 def test_rows_equal_those_of_single_sequences(pair, n_ctx, chunks):
     found = evaluate(pair[1], TEXT, pair[0], n_ctx=n_ctx, chunks=chunks)

@@ -1,4 +1,5 @@
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from cpu_kernels import rounding as kernels
 from cpu_kernels.block_formats import FORMATS
 from edgeq.errors import CalibrationError
-from edgeq.quantizers import Inputs
+from edgeq.quantizers import Inputs, gptq
 from edgeq.quantizers.descent import _Block, _scales_of, lower_loss
 from edgeq.quantizers.factor import ORDERS, error_bound, factor, inverse_factor
 from edgeq.quantizers.feedback import (
@@ -432,3 +433,35 @@ def test_kernels_equal_their_python_bodies(qtype, monkeypatch):
 def test_inverse_factor_refuses_what_is_not_positive_definite():
     with pytest.raises(np.linalg.LinAlgError):
         inverse_factor(np.diag(np.float32([1, -1])), np.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("qtype", "settings"),
+    [(T.Q4_K, {}), (T.NVFP4, {"search": "batch"}), (T.IQ3_S, {"sweeps": 0})],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_rows_of_a_large_matrix_get_the_bytes_that_they_get_together(qtype, settings, monkeypatch):
+    weight = normal(2 * 60, 512).reshape(2, 60, 512)
+    hessian = np.stack([second_moments(512, seed) for seed in range(2)])
+    inputs = Inputs(np.diagonal(hessian, axis1=1, axis2=2).copy(), hessian)
+    together = Gptq(**settings).quantize("w", weight, qtype, inputs)
+    monkeypatch.setattr(gptq, "SLICE", 25 * 512)  # three slices of 20 rows
+    apart = Gptq(**settings).quantize("w", weight, qtype, inputs)
+    assert np.array_equal(apart.packed, together.packed)
+    assert apart.facts == pytest.approx(together.facts)
+
+
+def test_memory_does_not_grow_with_the_rows_of_a_matrix(monkeypatch):
+    monkeypatch.setattr(gptq, "SLICE", 64 * 256)
+    inputs = Inputs(None, second_moments(256)[None])
+
+    def peak(n_out):
+        weight = normal(n_out, 256)
+        tracemalloc.start()
+        packed = Gptq().quantize("w", weight, T.Q4_0, inputs).packed
+        found = tracemalloc.get_traced_memory()[1] - packed.nbytes
+        tracemalloc.stop()
+        return found
+
+    peak(64)  # compiles
+    assert peak(1024) < 1.1 * peak(256)

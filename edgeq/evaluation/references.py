@@ -7,6 +7,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf_file import open_gguf
 from cpu_kernels import divergence as kernels
 from edgeq.errors import EvaluationError
 from edgeq.evaluation import base_logits
@@ -16,6 +17,8 @@ from edgeq.runtime.vocabulary import vocabulary_digest
 
 Floats = npt.NDArray[np.float32]
 Bound = npt.NDArray[np.float64] | float
+
+REPACKED_BYTES = 1 << 29  # of a file that is copied into memory for faster products, at most
 
 
 class Reference(Protocol):
@@ -52,6 +55,14 @@ class Reference(Protocol):
     def __exit__(self, *_error: object) -> None: ...
 
 
+def is_repacked(path: Path) -> bool:
+    """Whether a file is judged with its weights rearranged for this CPU, at most REPACKED_BYTES.
+
+    Larger ones are judged where llama.cpp maps them, so that memory does not grow with the file.
+    """
+    return open_gguf(path).size_bytes <= REPACKED_BYTES
+
+
 def refuse_vocabulary(path: Path, n_vocab: int, model: Model) -> EvaluationError:
     """Return the error for a reference of another vocabulary than `model`."""
     return EvaluationError(
@@ -82,7 +93,13 @@ class ModelReference(AbstractContextManager["ModelReference", None]):
     def begin(self, n_ctx: int) -> None:
         """Load the file."""
         n_seq = sequences_at_once(n_ctx)
-        self._model = Model(self.path, n_ctx=n_ctx, n_seq=n_seq, n_threads=self._n_threads)
+        self._model = Model(
+            self.path,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            n_threads=self._n_threads,
+            repack=is_repacked(self.path),
+        )
 
     def prepare(self, batch: Batch) -> None:
         """Run the batch."""

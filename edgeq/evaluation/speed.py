@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeq.errors import EvaluationError
+from edgeq.evaluation.references import is_repacked
 from edgeq.runtime.model import Model
 
 _FIRST_TOKEN = 1000  # any tokens do: the time does not depend on them
@@ -61,12 +62,14 @@ def measure_speeds(
     repetitions: int = 5,
     n_threads: int | None = None,
     adapters: Sequence[Path | None] | None = None,
+    as_judged: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Speed]:
     """Measure files in turn, again and again, so that a drift of the machine hits all alike.
 
     All files are loaded at once, each with its LoRA adapter where `adapters` has one; a first round
-    warms up and is not counted.
+    warms up and is not counted. llama.cpp rearranges weights as it does for everyone; `as_judged`
+    leaves large files where they are mapped, as ``evaluate`` does.
 
     Raises
     ------
@@ -84,7 +87,13 @@ def measure_speeds(
     with ExitStack() as stack:
         models = [
             stack.enter_context(
-                Model(path, n_ctx=n_prompt + n_gen, n_threads=n_threads, adapter=adapter)
+                Model(
+                    path,
+                    n_ctx=n_prompt + n_gen,
+                    n_threads=n_threads,
+                    repack=not as_judged or is_repacked(Path(path)),
+                    adapter=adapter,
+                )
             )
             for path, adapter in zip(paths, adapters or [None] * len(paths), strict=True)
         ]

@@ -20,7 +20,12 @@ from edgeq.evaluation.compact_logits import (
     CompactWriter,
     is_compact_file,
 )
-from edgeq.evaluation.references import BaseReference, ModelReference, Reference
+from edgeq.evaluation.references import (
+    BaseReference,
+    ModelReference,
+    Reference,
+    is_repacked,
+)
 from edgeq.evaluation.statistics import Estimate, mean
 from edgeq.runtime.model import Model, Tokens
 
@@ -73,7 +78,14 @@ def open_reference(path: Path, n_threads: int | None) -> Reference:
 def open_model(path: Path, n_ctx: int, n_threads: int | None, adapter: Path | None = None) -> Model:
     """Load a file with room for the sequences of one batch of chunks of `n_ctx` tokens."""
     n_seq = chunking.sequences_at_once(n_ctx)
-    model = Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads, adapter=adapter)
+    model = Model(
+        path,
+        n_ctx=n_ctx,
+        n_seq=n_seq,
+        n_threads=n_threads,
+        repack=is_repacked(path),
+        adapter=adapter,
+    )
     n_ctx_train = model.n_ctx_train
     if n_ctx > n_ctx_train and "position_embd.weight" in open_gguf(path).tensors:
         model.close()  # there is no row for the position: llama.cpp would end the process

@@ -4,15 +4,18 @@ import math
 
 from converters.gguf_file import tensor_bytes
 from edgeq.costing import FISHER_CHUNKS, padded
+from edgeq.evaluation.references import REPACKED_BYTES
 from edgeq.forecast.amounts import Amounts
 from edgeq.forecast.outline import Tensor
 from edgeq.forecast.targets import estimator_of
 from edgeq.measuring import PATCHABLE
+from edgeq.quantizers.gptq import SLICE
 
 _UBATCH = 512
 _LOGIT_COPIES = 4  # float32 and float64 of a chunk's logits, theirs and ours
-_MATRIX_BYTES = 40  # a weight: float32 and codes of the nearest, the fed back, the best; errors
-_HEAD_BYTES = 1 << 27  # of logits that torch computes at once
+_ROW_BYTES = 40  # a weight: float32 and codes of the nearest, the fed back, the best; errors
+_HEAD_BYTES = 1 << 27  # of logits that torch computes at once, for each chunk
+_HEAD_COPIES = 3  # of these: logits, their probabilities, sums of them to draw from
 
 
 def peak_bytes(amounts: Amounts) -> dict[str, int]:
@@ -30,7 +33,8 @@ def peak_bytes(amounts: Amounts) -> dict[str, int]:
     largest = max(outside, key=lambda one: one.n_weights)
     found["write"] = base + 9 * largest.n_weights
     if amounts.recipe.prove or amounts.tuning_chunks:
-        found["evaluate"] = base + runtime + outline.output_bytes + _LOGIT_COPIES * logits
+        rearranged = outline.output_bytes if outline.output_bytes <= REPACKED_BYTES else 0
+        found["evaluate"] = base + runtime + rearranged + _LOGIT_COPIES * logits
     if not amounts.uses_moments:
         widest = max((t for t in outline.tensors if t.is_rounded), key=lambda t: t.n_weights)
         found["quantize"] = base + 9 * widest.n_weights
@@ -49,7 +53,7 @@ def peak_bytes(amounts: Amounts) -> dict[str, int]:
         found["moments"] = max(found.get("moments", 0), seen, passed)
         found["rounding"] = max(found.get("rounding", 0), rounding)
     check = base + model + 4 * max(amounts.weights(ts) for ts in layers) + runtime
-    found["check"] = check + 3 * logits
+    found["check"] = check + 2 * logits  # a copy of theirs, and ours
     if amounts.weighs:
         found["gradients"] = base + model + _gradients(amounts, amounts.n_chunks)
     if amounts.recipe.target.is_set and estimator_of(amounts) == "fisher":
@@ -64,7 +68,9 @@ def _gradients(amounts: Amounts, n_chunks: int) -> int:
     largest = max(amounts.weights(ts) for ts in amounts.layers.values())
     n_products = sum(t.is_matrix for ts in amounts.layers.values() for t in ts)
     squares = 4 * n_products * n_chunks * amounts.n_ctx
-    return amounts.chunks_at_once(n_chunks) * states + 6 * largest + squares + 4 * _HEAD_BYTES
+    logits = min(_HEAD_BYTES, 4 * amounts.n_ctx * outline.embedding.shape[0])
+    head = min(amounts.machine.n_cpus, n_chunks) * _HEAD_COPIES * logits  # chunks side by side
+    return amounts.chunks_at_once(n_chunks) * states + 6 * largest + squares + head
 
 
 def _rounding(amounts: Amounts, tensors: list[Tensor]) -> int:
@@ -74,8 +80,10 @@ def _rounding(amounts: Amounts, tensors: list[Tensor]) -> int:
     for one in (each for each in tensors if each.is_matrix):
         matrix = one.n_weights // one.n_mat
         whole = 0 if one.n_mat == 1 else 4 * one.n_weights
-        work = _MATRIX_BYTES * matrix if amounts.feeds_back else 9 * matrix
-        most = max(most, whole + work + (16 * one.n_in**2 if amounts.feeds_back else 0))
+        work = 9 * matrix
+        if amounts.feeds_back:  # on some rows at a time; second moments in doubles
+            work = 4 * matrix + _ROW_BYTES * min(matrix, SLICE) + 8 * one.n_in**2
+        most = max(most, whole + work)
     return packed + most
 
 

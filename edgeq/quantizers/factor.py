@@ -48,8 +48,10 @@ def check_damping(who: str, shrinkage: float, dampening_frac: float) -> None:
         )
 
 
-def damped(hessian: FloatArray, shrinkage: float, dampening_frac: float) -> FloatArray:
-    """Return (1 − λ) H + λ diag(H) + δ mean(diag(H)) I, (n_in, n_in) float32.
+def damped(
+    hessian: FloatArray, shrinkage: float, dampening_frac: float, rows: Order | None = None
+) -> FloatArray:
+    """Return (1 − λ) H + λ diag(H) + δ mean(diag(H)) I, or some rows of it, float32.
 
     Shrinking takes away what the correlations of other text than calibration's would not have.
 
@@ -64,9 +66,11 @@ def damped(hessian: FloatArray, shrinkage: float, dampening_frac: float) -> Floa
     Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004;
     the strength and the target are measured, see DECISIONS.md.
     """
-    out = hessian * np.float32(1.0 - shrinkage)
+    rows = np.arange(len(hessian)) if rows is None else rows
+    out = hessian[rows]
+    out *= np.float32(1.0 - shrinkage)
     diagonal = np.diagonal(hessian).astype(np.float64)
-    np.fill_diagonal(out, diagonal + dampening_frac * diagonal.mean())
+    out[np.arange(len(rows)), rows] = diagonal[rows] + dampening_frac * diagonal.mean()
     return out
 
 
@@ -96,15 +100,17 @@ def factor(
         No damping makes it positive definite: it is no matrix of second moments.
     """
     while dampening_frac <= _MAX_DAMPENING:
-        single = damped(hessian, shrinkage, dampening_frac)  # the loss is measured with the same
+        single = damped(hessian, shrinkage, dampening_frac)
         columns = ORDERS[order](single)
         if regroup is not None:
             columns = regroup(columns, np.diagonal(single))
+        del single  # not to be held beside the doubles
         try:
-            upper = inverse_factor(single, columns)
+            upper = inverse_factor(hessian, columns, shrinkage, dampening_frac)
         except np.linalg.LinAlgError:
             dampening_frac = max(_GROWTH * dampening_frac, 1e-6)
             continue
+        single = damped(hessian, shrinkage, dampening_frac)  # the loss is measured with the same
         return Factored(single, columns, upper, dampening_frac)
     raise CalibrationError(
         f"{name}: the second moments of its inputs are not positive definite even with "
@@ -112,8 +118,10 @@ def factor(
     )
 
 
-def inverse_factor(hessian: FloatArray, order: Order) -> FloatArray:
-    """Return the upper triangular U with Uᵀ U = H⁻¹, (n, n) float32, H taken in an order.
+def inverse_factor(
+    hessian: FloatArray, order: Order, shrinkage: float = 0.0, dampening_frac: float = 0.0
+) -> FloatArray:
+    """Return the upper triangular U with Uᵀ U = H⁻¹, (n, n) float32, H damped, and in an order.
 
     From H = V Vᵀ with V upper triangular (Cholesky from the last column to the first) it is V⁻¹,
     so H is never inverted. One matrix of doubles is factored and inverted in place: of a wide layer
@@ -131,7 +139,8 @@ def inverse_factor(hessian: FloatArray, order: Order) -> FloatArray:
     memory = np.empty(n * n, np.float64)
     work = memory.reshape((n, n), order="F")
     for first in range(0, n, _ROWS):
-        work[:, first : first + _ROWS] = hessian[backward[first : first + _ROWS]][:, backward].T
+        rows = damped(hessian, shrinkage, dampening_frac, backward[first : first + _ROWS])
+        work[:, first : first + _ROWS] = rows[:, backward].T
     lower, failed = dpotrf(work, lower=1, clean=1, overwrite_a=1)
     if not failed:
         lower, failed = dtrtri(lower, lower=1, overwrite_c=1)
@@ -187,9 +196,8 @@ def _min_pivot(single: FloatArray) -> Order:
     A Cholesky factorization, row by row, that takes the least pivot; where rounding leaves none,
     the rest of H is unchanged.
     """
-    hessian = single.astype(np.float64)
-    n = len(hessian)
-    left = np.diagonal(hessian).copy()  # of the Schur complement
+    n = len(single)
+    left = np.diagonal(single).astype(np.float64)  # of the Schur complement
     least = np.finfo(np.float64).eps * left
     rows = np.zeros((n, n))
     chosen = np.empty(n, np.intp)
@@ -198,7 +206,7 @@ def _min_pivot(single: FloatArray) -> Order:
         pivot = int(np.argmin(np.where(free, left, np.inf)))
         chosen[number], free[pivot] = pivot, False
         if left[pivot] > least[pivot]:
-            row = hessian[pivot] - rows[:number, pivot] @ rows[:number]
+            row = single[pivot].astype(np.float64) - rows[:number, pivot] @ rows[:number]
             rows[number] = row / np.sqrt(left[pivot])
             left -= np.square(rows[number])
     return chosen[::-1].copy()

@@ -5,6 +5,7 @@ does both, for k-quants, IQ4, MXFP4 and NVFP4 alike, because it sees a format on
 weights on a grid (``cpu_kernels.block_formats``).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from edgeq.runtime.encoders import FloatArray, Packed, encode
 
 AnyRounding = Rounding | LatticeRounding
 SEARCHES = ("static", "batch")
+
+SLICE = 1 << 22  # of a matrix, in whole rows, that are worked on at a time: 16 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -101,32 +104,33 @@ class Gptq:
             return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
         rows = packed.reshape(len(matrices), -1, packed.shape[1])
         totals = _Totals()
-        out = np.empty_like(rows)
-        for number, matrix in enumerate(matrices):
-            start = _unpacked(qtype, rows[number])
-            rounding = self._round(name, matrix, inputs.hessian[number], start, totals, n_threads)
-            out[number] = rows[number] if rounding is None else rounding.packed()
-        return Rounded(out.reshape(packed.shape), totals.facts())
+        for matrix, hessian, mine in zip(matrices, inputs.hessian, rows, strict=True):
+            self._improve(name, qtype, matrix, hessian, mine, totals, n_threads)
+        return Rounded(packed, totals.facts())
 
-    def _round(
+    def _improve(
         self,
         name: str,
+        qtype: GGMLQuantizationType,
         weight: FloatArray,
         hessian: FloatArray,
-        nearest: AnyRounding,
+        packed: Packed,
         totals: "_Totals",
         n_threads: int | None,
-    ) -> AnyRounding | None:
-        """Return a better rounding than `nearest`; None if nothing is known about the inputs."""
+    ) -> None:
+        """Round one matrix again, in place; as it is if nothing is known about its inputs.
+
+        Rows do not depend on each other. Some are worked on at a time: of a large matrix, a few
+        copies in float32 would be gigabytes.
+        """
         if not np.diagonal(hessian).max() > 0 or not np.any(weight):
             totals.unreached += 1
-            return None
-        weight = np.ascontiguousarray(weight)
+            return
         regroup = None
-        if isinstance(nearest, LatticeRounding):
+        if qtype in LATTICES:
             regroup = lattice.by_units
         elif self.search == "batch":
-            regroup = partial(batched, size=batch_size(nearest.fmt, weight.shape[1]))
+            regroup = partial(batched, size=batch_size(FORMATS[qtype], weight.shape[1]))
         factored = factor(
             name,
             hessian,
@@ -135,6 +139,24 @@ class Gptq:
             dampening_frac=self.dampening_frac,
             regroup=regroup,
         )
+        n_slices = math.ceil(weight.size / SLICE)
+        n_rows = math.ceil(len(weight) / n_slices)
+        for first in range(0, len(weight), n_rows):
+            rows = slice(first, first + n_rows)
+            some = np.ascontiguousarray(weight[rows])
+            packed[rows] = self._rounded(some, factored, qtype, packed[rows], totals, n_threads)
+
+    def _rounded(
+        self,
+        weight: FloatArray,
+        factored: Factored,
+        qtype: GGMLQuantizationType,
+        packed: Packed,
+        totals: "_Totals",
+        n_threads: int | None,
+    ) -> Packed:
+        """Return rows that are nowhere worse than those given, which are rounded to nearest."""
+        nearest = _unpacked(qtype, packed)
         rounding = nearest
         if self.feedback:
             rounding = self._feed_back(weight, factored, nearest, n_threads)
@@ -150,7 +172,7 @@ class Gptq:
         better = (after < before)[:, None]  # NaN is not better
         kept = rounding.where(better, nearest)  # type: ignore[arg-type]
         totals.add(kept, factored, before, np.where(better[:, 0], after, before))
-        return kept
+        return kept.packed()
 
     def _feed_back(
         self, weight: FloatArray, factored: Factored, nearest: AnyRounding, n_threads: int | None
@@ -184,7 +206,7 @@ def check_moments(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> Non
             f"{name}: second moments of shape {hessian.shape}, expected {(n_mat, n_in, n_in)}. "
             "They belong to another model: calibrate this one."
         )
-    if not np.isfinite(hessian).all():
+    if not all(np.isfinite(one).all() for one in hessian):
         raise CalibrationError(
             f"{name}: its second moments are not finite, expected finite numbers. The model "
             "overflows on this text: give its F32 or BF16 weights, or another text."

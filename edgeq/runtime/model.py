@@ -32,7 +32,8 @@ class Model(AbstractContextManager["Model", None]):
     n_ubatch : tokens that one graph computes (llama.cpp's default, 512)
     n_threads : default: every CPU of this process
     cb_eval : sees the inputs of every weight product; ``decode`` raises what it raised
-    repack : let ggml repack weights for this CPU; observers see the same products either way
+    repack : let ggml rearrange quantized weights for this CPU, in memory of its own; observers see
+        the same products either way
     mmap : map the file; False reads it into writable memory
     vocab_only : load the vocabulary alone
     exact_attention : keep keys and values in float32 and attend without the fused kernel, which
