@@ -35,6 +35,14 @@ def doctor(work: Path, as_json: bool, verbose: int, **_options: Any) -> None:
 @click.option("--seed", type=click.IntRange(0), help="Of the sample. Default: drawn, and told.")
 @click.option("--plan", type=PATH, help="The plan.json that it was made with.")
 @click.option("--imatrix", type=PATH, help="The importance matrix that it was made with.")
+@click.option("--text", multiple=True, metavar="FILE", help="The calibration text, as for export.")
+@click.option(
+    "--layers",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Derive so many layers again, drawn by the seed; takes about what the export took for the "
+    "layers up to the last of them. Default: 1 with --text.",
+)
 @click.option("--public-key", type=PATH, metavar="PEM", help="Of whoever has to have signed it.")
 @source_input
 @common
@@ -45,6 +53,7 @@ def verify(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
     the recipe has it; or differs, with exit code 1.
     """
     from edgeq import verification
+    from edgeq.verification.layers import Again
 
     found = verification.verify(
         file,
@@ -52,8 +61,8 @@ def verify(file: Path, as_json: bool, verbose: int, **options: Any) -> None:
         n_tensors=options["tensors"],
         seed=options["seed"],
         plan=options["plan"],
-        imatrix=options["imatrix"],
         public_key=options["public_key"],
+        again=Again(options["layers"], options["text"], options["imatrix"]),
         source=source_choice(options, file),
         steps=start(verbose),
     )

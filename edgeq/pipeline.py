@@ -68,7 +68,7 @@ def export(recipe: Recipe, steps: Steps) -> Report:
     with WorkDirectory(recipe.work_directory) as work, _executor(recipe, work) as executor:
         reference = _open(recipe, work, steps)
         _check_given(recipe, reference)
-        seen = _observe(recipe, reference, quantizer, work, steps)
+        seen = observe(recipe, reference, quantizer, work, steps)
         told = provenance.check_judging_text(recipe, reference, seen.texts, seen.imatrix)
         planned, rounding, layers = _quantized(
             recipe, reference, quantizer, seen, work, executor, steps
@@ -200,14 +200,15 @@ def plan(recipe: Recipe, steps: Steps) -> Planned:
         if not recipe.target.is_set:
             has_imatrix = recipe.use_imatrix
             return Planned(_planned(recipe, reference, has_imatrix=has_imatrix))
-        seen = _observe(recipe, reference, quantizer, work, steps)
+        seen = observe(recipe, reference, quantizer, work, steps)
         return _plan(recipe, reference, seen, work, executor, steps)
 
 
-def _observe(
+def observe(
     recipe: Recipe, reference: Reference, quantizer: Quantizer, work: WorkDirectory, steps: Steps
 ) -> Seen:
-    texts = _texts(recipe, reference, quantizer, work, steps)
+    """Prepare the texts, and calibrate."""
+    texts = texts_of(recipe, reference, quantizer, work, steps)
     imatrix = _imatrix(recipe, reference, texts, work, steps)
     importances = importances_of(imatrix, reference.file)
     weighed_by = None if importances is None else values_sha256(importances)
@@ -237,13 +238,14 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
         _check_importances(plan, reference, imatrix)
 
 
-def _texts(
+def texts_of(
     recipe: Recipe,
     reference: Reference,
     quantizer: Quantizer,
     work: WorkDirectory,
     steps: Steps,
 ) -> Texts:
+    """Return the texts that a recipe needs."""
     method, allocates = recipe.method, recipe.target.is_set
     uses_tuning = method.is_verified or method.tune_steps > 0 or allocates
     uses_moments = (

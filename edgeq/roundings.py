@@ -85,17 +85,25 @@ class Roundings:
             gradients to tune with.
         """
         method = self.recipe.method
+        wanted = self.wanted(quantizer, texts)
+        found = {method.quantizer: wanted}
+        if method.tune_steps and texts.calibration is not None and texts.tuning is not None:
+            tuned = self._tuned(wanted, texts.calibration, texts.tuning)
+            if tuned is not None:
+                found[f"{method.quantizer}, tuned"] = tuned
+        if not method.is_verified or texts.tuning is None:
+            return list(found.values())[-1]
+        found["rtn"] = self.nearest()
+        return self._better(found, texts.tuning)
+
+    def wanted(self, quantizer: Quantizer, texts: Texts) -> Quantized:
+        """Quantize as the recipe says, scales not tuned and nothing verified."""
+        method = self.recipe.method
         moments = None
         if texts.calibration is not None and (quantizer.uses_hessian or method.transforms):
             moments = self._moments(texts.calibration)
-        rules = Rules(
-            quantizer,
-            method.transforms if moments is not None else (),
-            method.asymmetric,
-            self.recipe.allow_requantize,
-            self.recipe.n_threads,
-            keeps_grids=method.quantizer != "rtn",  # that is llama.cpp's own, importances and all
-        )
+        transforms = method.transforms if moments is not None else ()
+        rules = self._rules(quantizer, transforms, method.asymmetric)
         about: dict[str, Any] = {
             "method": dataclasses.asdict(method),
             "source": type(moments).__name__,
@@ -104,20 +112,26 @@ class Roundings:
         if moments is not None and texts.calibration is not None:
             about["text"] = texts.calibration.manifest.sha256
             about["seed"] = self.recipe.texts.seed  # of the gradients
-        wanted = self._quantize("quantize", rules, moments, method.quantizer, about, "layers")
-        found = {method.quantizer: wanted}
-        if method.tune_steps and texts.calibration is not None and texts.tuning is not None:
-            tuned = self._tuned(wanted, texts.calibration, texts.tuning)
-            if tuned is not None:
-                found[f"{method.quantizer}, tuned"] = tuned
-        if not method.is_verified or texts.tuning is None:
-            return list(found.values())[-1]
-        plain = dataclasses.replace(
-            rules, quantizer=make_quantizer("rtn"), transforms=(), asymmetric=0.0
-        )
+        return self._quantize("quantize", rules, moments, method.quantizer, about, "layers")
+
+    def nearest(self) -> Quantized:
+        """Round to nearest, which what is wanted has to beat."""
+        rules = self._rules(make_quantizer("rtn"))
         about = {"keeps_grids": rules.keeps_grids}
-        found["rtn"] = self._quantize("verify", plain, None, "rtn", about, "layers-rtn")
-        return self._better(found, texts.tuning)
+        return self._quantize("verify", rules, None, "rtn", about, "layers-rtn")
+
+    def _rules(
+        self, quantizer: Quantizer, transforms: tuple[str, ...] = (), asymmetric: float = 0.0
+    ) -> Rules:
+        return Rules(
+            quantizer,
+            transforms,
+            asymmetric,
+            self.recipe.allow_requantize,
+            self.recipe.n_threads,
+            # rtn is llama.cpp's own, importances and all
+            keeps_grids=self.recipe.method.quantizer != "rtn",
+        )
 
     def judge(self, chosen: Quantized, text: UsedText) -> Summary:
         """Return what the file would do on a text."""

@@ -86,14 +86,19 @@ def replacing(path: Path) -> Iterator[Path]:
 class WorkDirectory:
     """A directory of artefacts, locked by one process at a time. A context manager.
 
+    Parameters
+    ----------
+    is_kept : False: it goes with the run, so that an interrupted one does not promise to reuse it
+
     Raises
     ------
     RecipeError
         The directory cannot be made or is in use by another process.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_kept: bool = True) -> None:
         self.path = path
+        self._is_kept = is_kept
         self.reused: list[str] = []
         self.made: list[str] = []
         self._lock: TextIO | None = None
@@ -150,7 +155,7 @@ class WorkDirectory:
                 if os.listdir(self.path) == ["lock"]:
                     (self.path / "lock").unlink()
                     self.path.rmdir()
-        if self.made or self.reused:
+        if self._is_kept and (self.made or self.reused):
             remember(error, self.path)
         self._lock.close()
 

@@ -322,3 +322,18 @@ def test_unknown_and_unfitting_configurations_are_refused(family, tmp_path):
         with pytest.raises(CalibrationError, match=message) as caught:
             layerwise.LayerwiseModel.open(made.reference, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3", "phi-longrope"])
+def test_sizes_are_those_of_the_whole_file_without_its_vocabulary(name, family):
+    """transformers reads a vocabulary token by token, which took longer than all else."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    from edgeq.layerwise.configuration import _read_by_transformers
+
+    reference = family(name).reference
+    whole = load_gguf_checkpoint(str(reference.path), return_tensors=False)["config"]
+    found = _read_by_transformers(reference)
+    for config in (found, whole):
+        config.pop("vocab_size", None)  # ours is the embedding's
+    assert found == whole

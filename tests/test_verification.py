@@ -7,9 +7,13 @@ import pytest
 from gguf import GGUFValueType
 
 from converters.gguf_file import Field, TensorSource, open_gguf, write_gguf
+from tests import tiny_gguf, tiny_models
 from tests.command_line import done, refused, run
 
 VICTIM = "blk.1.ffn_up.weight"
+KEYS = ("source", "recipe", "method", "texts", "versions")
+DIFFERS = "differs"
+LAST = 0  # a seed that draws layer 1
 SHORT = ("--ctx", 64, "--chunks", 4, "--no-prove")
 
 
@@ -21,25 +25,34 @@ def exported(tiny, texts, tmp_path_factory):
         "plain": ("--type", "Q4_0", "--quantizer", "rtn", "--no-imatrix", "--no-prove"),
         "weighted": ("--type", "Q4_0", "--quantizer", "rtn", "--text", texts[0], *SHORT),
         "auto": ("--type", "Q4_0", "--effort", "fast", "--text", texts[0], *SHORT),
+        "gptq": ("--type", "Q4_0", "--quantizer", "gptq", "--text", texts[0], *SHORT),
     }
     for name, flag in flags.items():
         done("export", tiny, directory / f"{name}.gguf", *flag)
     return {name: directory / f"{name}.gguf" for name in flags}
 
 
-def changed(path, out, change=None, fields=None):
-    """Write a file again with another tensor VICTIM, or other metadata."""
+def changed(path, out, change=None, fields=None, victim=VICTIM):
+    """Write a file again with another tensor, or other metadata."""
     file = open_gguf(path)
 
     def source(name, tensor):
         data = np.array(file.read_bytes(name))
-        if name == VICTIM and change is not None:
+        if name == victim and change is not None:
             change(data)
         return TensorSource(name, tensor.qtype, tensor.shape, lambda: data)
 
     tensors = [source(*item) for item in file.tensors.items()]
     write_gguf(out, file.fields | (fields or {}), tensors)
     return out
+
+
+def whys(result):
+    return {one["name"]: one["why"] for one in result.json()["tensors"]}
+
+
+def refused_by(path, tiny, tmp_path, *flags):
+    return refused("verify", path, "--source", tiny, "--work", tmp_path / "work", *flags)
 
 
 def verdicts(result):
@@ -77,6 +90,103 @@ def test_a_folded_file_is_consistent(exported, tiny, tmp_path):
     assert result.code == 0, result.json()["differences"]
     assert set(verdicts(result).values()) == {"identical", "consistent"}
     assert any(limit.startswith("that the codes are") for limit in result.json()["limits"])
+
+
+@pytest.mark.parametrize("name", ["auto", "gptq"])
+def test_layers_are_derived_again_byte_for_byte(name, exported, texts, tiny, tmp_path):
+    """Folds, squared gradients and error feedback, the layers before as the file has them."""
+    file = exported[name]
+    result = verify(file, tiny, tmp_path, "--text", texts[0], "--layers", 1, "--seed", LAST)
+    assert result.code == 0, result.json()["differences"]
+    derived = {n for n, how in whys(result).items() if how.startswith("derived again from")}
+    assert {n for n in derived if n.startswith("blk.0")} <= {
+        "blk.0.attn_norm.weight",
+        "blk.0.ffn_norm.weight",
+    }
+    assert {n for n in verdicts(result) if n.startswith("blk.1.") and "norm" not in n} < derived
+    assert {verdicts(result)[n] for n in derived} == {"identical"}
+    assert "layers derived again: 1" in result.json()["facts"]
+    assert any("codes of other layers" in limit for limit in result.json()["limits"])
+    assert not list((tmp_path / "work").glob("tmp*"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_folds_corrections_and_biases_are_derived_again(kind, texts, tmp_path):
+    if kind == "qwen2":  # its biases take the mean error of their products
+        model = tiny_models.build(kind, tmp_path).directory
+    else:
+        model = tiny_gguf.write(tmp_path / "model.gguf", kind)
+    out = tmp_path / "out.gguf"
+    how = ("--quantizer", "gptq:sweeps=0", "--transform", "fold", "--asymmetric", 0.5)
+    done("export", model, out, "--type", "Q4_0", *how, "--text", texts[0], *SHORT)
+    found = verify(out, model, tmp_path, "--text", texts[0], "--seed", LAST)
+    assert found.code == 0, found.json()["differences"]
+    folded = {n for n in verdicts(found) if n.endswith(("attn_norm.weight", ".bias"))}
+    assert len(folded) > 1
+    assert all(verdicts(found)[n] == "identical" for n in folded)
+    assert all(verdicts(found)[n] == "identical" for n in verdicts(found) if n.startswith("blk.1"))
+
+
+def test_one_changed_code_in_a_derived_layer_differs(exported, texts, tiny, tmp_path):
+    def change(data):
+        data[0, 7] ^= 1  # one code, by one step
+
+    versions = json.loads(open_gguf(exported["gptq"]).value("edgeq.versions")) | {"numpy": "0.1"}
+    told = {"edgeq.versions": Field(json.dumps(versions), GGUFValueType.STRING)}
+    path = changed(exported["gptq"], tmp_path / "bad.gguf", change, told)
+    assert DIFFERS not in verdicts(verify(path, tiny, tmp_path)).values()  # nearer than rounding
+    found = verify(path, tiny, tmp_path, "--text", texts[0], "--layers", 1, "--seed", LAST)
+    assert found.code == 1
+    assert {n for n, v in verdicts(found).items() if v == DIFFERS} == {VICTIM}
+    assert "1 of" in whys(found)[VICTIM]
+    assert "made with numpy 0.1 (here" in whys(found)[VICTIM]
+
+
+def test_a_change_in_a_layer_before_shows_in_what_it_leads_to(exported, texts, tiny, tmp_path):
+    def change(data):
+        data[:, 5] ^= 0x11
+
+    path = changed(exported["gptq"], tmp_path / "bad.gguf", change, victim="blk.0.ffn_up.weight")
+    found = verify(path, tiny, tmp_path, "--text", texts[0], "--layers", 1, "--seed", LAST)
+    assert {n.split(".")[1] for n, v in verdicts(found).items() if v == DIFFERS} == {"1"}
+    assert "another CPU can change bytes" in whys(found)[VICTIM]
+
+
+def test_a_recipe_that_ended_in_rounding_to_nearest(texts, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeq.roundings._MARGIN", 0.0)
+    out = tmp_path / "nearest.gguf"
+    flags = ("--type", "Q4_0", "--effort", "fast", "--text", texts[0], *SHORT)
+    assert "Rounded to nearest" in done("export", tiny, out, *flags).out
+    found = verify(out, tiny, tmp_path, "--text", texts[0])
+    assert "rounding: to nearest, as the recipe may" in found.json()["facts"]
+    assert found.code == 0
+
+
+def test_text_that_the_model_wrote_is_written_again(tiny, tmp_path):
+    out = tmp_path / "own.gguf"
+    done("export", tiny, out, "--type", "Q4_0", "--quantizer", "gptq:sweeps=0", *SHORT)
+    found = verify(out, tiny, tmp_path, "--layers", 9)
+    assert found.code == 0
+    assert set(verdicts(found).values()) == {"identical"}
+    assert "Leave it out" in refused_by(out, tiny, tmp_path, "--text", tiny)
+
+
+def test_an_imatrix_is_made_again_from_its_text(exported, texts, tiny, tmp_path):
+    found = verify(exported["weighted"], tiny, tmp_path, "--text", texts[0])
+    assert set(verdicts(found).values()) == {"identical"}
+    assert "that the calibration text was the recorded one" not in found.json()["limits"]
+
+
+def test_what_cannot_be_derived_again_is_refused(exported, texts, tiny, tmp_path):
+    file = exported["gptq"]
+    assert "the file was calibrated on" in refused_by(file, tiny, tmp_path, "--text", texts[1])
+    assert "Give them with --text" in refused_by(file, tiny, tmp_path, "--layers", 1)
+    given = ("--text", texts[0], "--imatrix", file.with_suffix(".edgeq") / "imatrix.gguf")
+    assert "made its own" in refused_by(file, tiny, tmp_path, *given)
+    method = json.loads(open_gguf(file).value("edgeq.method"))
+    told = {"edgeq.method": Field(json.dumps(method | {"fisher": 0.25}), GGUFValueType.STRING)}
+    path = changed(file, tmp_path / "other.gguf", fields=told)
+    assert "Another version of edgeq" in refused_by(path, tiny, tmp_path, "--text", texts[0])
 
 
 @pytest.mark.parametrize("name", ["plain", "weighted", "auto"])
@@ -134,7 +244,7 @@ def test_a_file_of_others_is_refused(tiny, tmp_path):
     line = refused("verify", tiny, "--source", tiny, "--work", tmp_path / "work")
     assert "edgeq did not write this file" in line
     broken = changed(tiny, tmp_path / "b.gguf", fields=dict.fromkeys(
-        ("edgeq.source", "edgeq.recipe", "edgeq.method"), Field("{}", GGUFValueType.STRING)
+        (f"edgeq.{key}" for key in KEYS), Field("{}", GGUFValueType.STRING)
     ))  # fmt: skip
     line = refused("verify", broken, "--source", tiny, "--work", tmp_path / "work")
     assert "Another version of edgeq wrote it" in line

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgeq.errors import RecipeError
+from edgeq.stopping import ending
 from edgeq.workdir import WorkDirectory, file_name, file_sha256, replacing, save_arrays
 from tests.command_line import files_under
 
@@ -75,6 +76,18 @@ def test_an_interrupted_artefact_is_not_there(interruption, tmp_path):
     with pytest.raises(interruption), WorkDirectory(directory) as work:
         work.artefact("deep/part.txt", {}, stop)
     assert files_under(directory) == {"lock", "first.txt", "first.txt.made.json", "deep"}
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_an_interrupted_run_says_what_is_reused(is_kept, tmp_path):
+    def run():
+        with WorkDirectory(tmp_path, is_kept=is_kept) as work:
+            work.artefact("part.txt", {}, lambda path: path.write_text("x", "utf-8"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run()
+    assert (str(tmp_path) in ending(caught.value)[1]) == is_kept
 
 
 def test_a_new_directory_goes_again_if_nothing_was_made(tmp_path):

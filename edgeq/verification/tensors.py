@@ -1,287 +1,43 @@
-"""Is a file what its metadata says? ``edgeq verify``: against the float source, tensor by tensor.
+"""Tensors of a file beside those of its source: identical, consistent, or different."""
 
-What can be derived again without calibration has to be the same bytes. Everything else has to be a
-rounding of the source's weights, folded where the recipe folds, as ``edgeq.differing.screen`` has
-it: tensors that stand out from the others of their type differ. That is evidence, no proof.
-"""
-
-import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.gguf_file import GgufFile, open_gguf
-from edgeq import allocation
-from edgeq.console import Steps, markdown_table
+from converters.gguf_file import GgufFile
+from edgeq.console import Progress
 from edgeq.differing.screen import TensorScreen, judge, measure_tensor
-from edgeq.errors import EvaluationError
 from edgeq.layer_rounding import Importances
-from edgeq.opening import Reference, SourceChoice, open_reference
-from edgeq.pipeline import given_imatrix, importances_of
 from edgeq.quantization import quantize_tensor
 from edgeq.quantizers import make_quantizer
 from edgeq.runtime.encoders import FloatArray
-from edgeq.seals import Seal, check_seal
 from edgeq.transforms import FoldSite, TensorScales, apply, fold_sites, tensor_scales
-from edgeq.workdir import WorkDirectory
+from edgeq.verification.claims import CONSISTENT, DIFFERS, IDENTICAL, UNKNOWN, Claim, Verdict
 
 _MOST_TYPICAL = 4.0  # error over rounding's, median over tensors; as the screen's _ANOTHER_MODEL
 _AS_NEAR = 1.1  # times the median: a tensor whose errors in all are those of the others
-IDENTICAL, CONSISTENT, DIFFERS, UNKNOWN = "identical", "consistent", "differs", "not shown"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One tensor: ``identical``, ``consistent``, ``differs`` or ``not shown``, and why."""
-
-    name: str
-    qtype: str
-    verdict: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The result of ``edgeq verify``.
+@dataclass(frozen=True, eq=False)
+class Looker:
+    """Looks at tensors of a file and of its source.
 
     Attributes
     ----------
-    seed : of the sample
-    n_tensors : of the file, in all
-    lines : what holds beside the tensors
-    problems : what does not
-    limits : what this cannot show
+    known : verdicts that are there already
     """
-
-    path: Path
-    source: Path
-    seed: int
-    n_tensors: int
-    tensors: tuple[Verdict, ...]
-    signed_by: str | None
-    lines: tuple[str, ...]
-    problems: tuple[str, ...]
-    limits: tuple[str, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing contradicts what the file says."""
-        return not self.differences
-
-    @property
-    def differences(self) -> tuple[str, ...]:
-        """A line for everything that contradicts it."""
-        tensors = (f"{t.name}: {t.why}" for t in self.tensors if t.verdict == DIFFERS)
-        return (*self.problems, *tensors)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "path": str(self.path),
-            "source": str(self.source),
-            "holds": self.holds,
-            "differences": list(self.differences),
-            "seed": self.seed,
-            "n_tensors": self.n_tensors,
-            "signed_by": self.signed_by,
-            "facts": list(self.lines),
-            "limits": list(self.limits),
-            "tensors": [vars(tensor) for tensor in self.tensors],
-        }
-
-    def as_text(self) -> str:
-        """Return what a terminal shows."""
-        rows = [[t.name, t.qtype, t.verdict, t.why] for t in self.tensors]
-        return "\n".join(
-            [
-                markdown_table(["tensor", "type", "verdict", "why"], rows),
-                "",
-                f"{len(self.tensors)} of {self.n_tensors} tensors, --seed {self.seed}",
-                *self.lines,
-                *(f"not shown: {line}" for line in self.limits),
-                *(f"not shown: {t.name}: {t.why}" for t in self.tensors if t.verdict == UNKNOWN),
-                *(f"DIFFERS: {line}" for line in self.differences),
-            ]
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Claim:
-    """What the metadata says."""
-
-    source: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    method: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, file: GgufFile) -> "_Claim":
-        found = {}
-        for key in ("source", "recipe", "method"):
-            try:
-                found[key] = json.loads(file.value(f"edgeq.{key}", ""))
-                found[key].keys()
-            except (TypeError, ValueError, AttributeError) as error:
-                raise EvaluationError(
-                    f"{file.path}: edgeq.{key} is missing or broken: edgeq did not write this "
-                    "file. Use edgeq diff --screen for files of others."
-                ) from error
-        try:
-            claim = cls(**found)
-            claim.source["sha256"], claim.folds, claim.is_exact, claim.preset
-        except (KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{file.path}: edgeq.*: {error} is missing. Another version of edgeq wrote it."
-            ) from error
-        return claim
-
-    @property
-    def folds(self) -> bool:
-        return bool(self.method["transforms"])
-
-    @property
-    def is_tuned(self) -> bool:
-        return bool(self.method["tune_steps"])
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the bytes depend on nothing but the weights and an imatrix."""
-        return str(self.method["quantizer"]) == "rtn" and not self.folds and not self.is_tuned
-
-    @property
-    def uses_imatrix(self) -> bool:
-        return bool(self.recipe["use_imatrix"])
-
-    @property
-    def preset(self) -> str | None:
-        """llama.cpp's mix that gave the types; None: a plan or an allocator did."""
-        limits = self.recipe["target"].values()
-        is_free = self.recipe["plan"] is not None or any(v is not None for v in limits)
-        return None if is_free else str(self.recipe["preset"])
-
-
-def verify(
-    path: Path,
-    model: str,
-    *,
-    n_tensors: int | None,
-    seed: int | None,
-    plan: Path | None,
-    imatrix: Path | None,
-    public_key: Path | None,
-    source: SourceChoice,
-    steps: Steps,
-) -> Verification:
-    """Compare a file with what its metadata says about it.
-
-    Parameters
-    ----------
-    model : the float model that it was made from
-    n_tensors : so many tensors are looked at, and those that are folded with them; None: all
-    seed : of the sample; None: drawn, so that nobody could know it when the file was made
-    plan : the ``plan.json`` that it was made with
-    imatrix : the importance matrix that it was made with
-    public_key : of whoever has to have signed it
-
-    Raises
-    ------
-    EvaluationError
-        The file is not edgeq's.
-    EdgeqError, ConversionError
-        The source or a key cannot be read.
-    """
-    file = open_gguf(path)
-    claim = _Claim.of(file)
-    with steps.step("hash"):
-        seal = check_seal(file, public_key)
-    with WorkDirectory(source.work) as work:
-        reference = open_reference(model, source, work, steps)
-        lines, problems, limits = list(seal.lines), list(seal.problems), _limits(claim, seal)
-        if claim.source["sha256"] == reference.sha256:
-            lines.append(f"source: has the recorded hash, {reference.sha256[:16]}…")
-        else:
-            problems.append(f"source: {model} is not the recorded {claim.source.get('name')}")
-        shapes = {name: tensor.shape for name, tensor in reference.file.tensors.items()}
-        if shapes != {name: tensor.shape for name, tensor in file.tensors.items()}:
-            problems.append("tensors: the source has others, or of other shapes")
-            tensors: tuple[Verdict, ...] = ()
-            seed = 0 if seed is None else seed
-        else:
-            _compare_types(file, reference, claim, plan, lines, problems, limits)
-            given = given_imatrix(imatrix, reference.file)
-            weights = importances_of(given, reference.file)
-            if claim.uses_imatrix and claim.is_exact and weights is None:
-                limits.append("the very bytes: they depend on an importance matrix; --imatrix FILE")
-            seed = secrets.randbelow(2**32) if seed is None else seed
-            looker = _Looker(file, reference.file, claim, weights, source.n_threads)
-            with steps.step("verify") as progress:
-                names = looker.sample(n_tensors, seed)
-                tensors = looker.verdicts(names, progress)
-    return Verification(
-        path,
-        reference.path,
-        seed,
-        len(file.tensors),
-        tensors,
-        seal.signed_by,
-        tuple(lines),
-        tuple(problems),
-        tuple(limits),
-    )
-
-
-def _limits(claim: _Claim, seal: Seal) -> list[str]:
-    found = []
-    if not claim.is_exact:
-        found.append("that the codes are those of the recipe: any near rounding is consistent")
-    if claim.uses_imatrix:
-        found.append("that the calibration text was the recorded one")
-    if seal.signed_by is None:
-        found.append("who made it: it is not signed")
-    return found
-
-
-def _compare_types(
-    file: GgufFile,
-    reference: Reference,
-    claim: _Claim,
-    given: Path | None,
-    lines: list[str],
-    problems: list[str],
-    limits: list[str],
-) -> None:
-    if given is not None:
-        plan, of = allocation.read_plan(given, reference.file), str(given)
-    elif claim.preset is not None:
-        of = claim.preset
-        plan = allocation.allocate(reference.file, of, has_imatrix=claim.uses_imatrix)
-    else:
-        limits.append("that the types are those of the plan: give it with --plan")
-        return
-    wrong = [
-        f"{name}: is {file.tensors[name].qtype.name}, expected {qtype.name} by {of}"
-        for name, qtype in plan.types.items()
-        if file.tensors[name].qtype != qtype
-    ]
-    problems += wrong
-    if not wrong:
-        lines.append(f"types: those of {of}")
-
-
-@dataclass(frozen=True, eq=False)
-class _Looker:
-    """Looks at tensors of a file and of its source."""
 
     file: GgufFile
     source: GgufFile
-    claim: _Claim
+    claim: Claim
     importances: Importances | None
     n_threads: int | None
+    known: Mapping[str, Verdict]
 
     def sample(self, n: int | None, seed: int) -> list[str]:
+        """Return names of tensors to look at, in the order of the file; n None: all."""
         names = list(self.file.tensors)
         if n is None or n >= len(names):
             return names
@@ -290,17 +46,19 @@ class _Looker:
             chosen |= {
                 t for site in self._sites() if chosen & {*site.tensors} for t in site.tensors
             }
-        return [name for name in names if name in chosen]
+        return [name for name in names if name in chosen or name in self.known]
 
     def _sites(self) -> list[FoldSite]:
         return [site for site in fold_sites(self.source) if site.refused is None]
 
-    def verdicts(self, names: Sequence[str], progress: Any) -> tuple[Verdict, ...]:
-        scales = self._scales(names) if self.claim.folds else {}
+    def verdicts(self, names: Sequence[str], progress: Progress) -> tuple[Verdict, ...]:
+        """Return a verdict on every one."""
+        unknown = [name for name in names if name not in self.known]
+        scales = self._scales(unknown) if self.claim.folds else {}
         exact: dict[str, Verdict] = {}
         screened: list[TensorScreen] = []
         for done, name in enumerate(names, start=1):
-            verdict = self._derived(name, scales)
+            verdict = self.known.get(name) or self._derived(name, scales)
             if verdict is None:
                 screened.append(self._screen(name, scales))
             else:
