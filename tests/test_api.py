@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def silent(capfd):
 def defaults(function):
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "4"), ("26", "26")])
+def test_threads_of_blas_do_not_spin_unless_the_user_says_so(given, wanted):
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {name: given} if given else {}
+    code = f"import edgeq, os, sys; print(os.environ['{name}'], 'numpy' in sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == [wanted, "False"]
 
 
 def test_importing_edgeq_is_instant_and_its_functions_are_there():
