@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numba
@@ -60,11 +61,12 @@ def compare(folder: Path, names: list[str]) -> None:
 
 
 def products(folder: Path, name: str) -> np.ndarray:
-    """Return this machine's products; those by lookup, where there are, must be the same."""
+    """Return this machine's products; other families', where there are, must be the same."""
     from cpu_kernels import sherry
     from cpu_kernels.isa import chosen
     from cpu_kernels.lookup_tiles import lookup_layout_of, rearrange_for_lookup
     from cpu_kernels.products import Product
+    from cpu_kernels.streams import TOKENS, may_stream
     from cpu_kernels.tiles import rearrange
 
     inputs = np.load(folder / "inputs.npy")
@@ -72,7 +74,15 @@ def products(folder: Path, name: str) -> np.ndarray:
     if name == sherry.NAME:
         return Product(sherry.rearrange(packed, chosen()), len(inputs))(inputs)
     qtype = GGMLQuantizationType[name]
-    found = Product(rearrange(qtype, packed, chosen()), len(inputs))(inputs)
+    tiles = rearrange(qtype, packed, chosen())
+    found = Product(tiles, len(inputs))(inputs)
+    if may_stream(tiles.layout):
+        many = np.resize(inputs, (TOKENS + 1, COLUMNS))
+        streamed, dot = (
+            Product(replace(tiles, streams=streams), len(many))(many) for streams in (True, False)
+        )
+        if not np.array_equal(streamed, dot):
+            sys.exit(f"{name}: products by tables over tokens differ from those by multiplication.")
     layout = lookup_layout_of(qtype, chosen())
     if layout is not None:
         other = Product(rearrange_for_lookup(layout, packed), len(inputs))(inputs)
