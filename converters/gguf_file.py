@@ -197,6 +197,12 @@ def _decode(rows: npt.NDArray[np.uint8], tensor: TensorInfo) -> npt.NDArray[np.f
     return decoded
 
 
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to; None: to none."""
+    number = name.removeprefix("blk.").partition(".")[0]
+    return int(number) if name.startswith("blk.") and number.isdigit() else None
+
+
 def open_gguf(path: Path | str) -> GgufFile:
     """Open a GGUF file; of a split model, any part opens all of them.
 

@@ -34,9 +34,11 @@ from cpu_kernels.simd import (
     I64,
     INTS,
     WORDS,
+    Addresses,
     Vectors,
     as_float32,
     source_digest,
+    stack_memory,
 )
 from cpu_kernels.threads import address_of
 from cpu_kernels.tiles import HALF_LINE, LINE, ROWS
@@ -55,11 +57,12 @@ class LookupType(types.Type):
 register_model(LookupType)(models.OpaqueModel)
 
 
-class _Lookup:
+class _Lookup(Addresses):
     """Writer of the code of tables and of one record's sums."""
 
     def __init__(self, builder: Any, product: LookupType) -> None:
-        self.builder, self.layout, self.n = builder, product.layout, product.n
+        super().__init__(builder)
+        self.layout, self.n = product.layout, product.n
         self.vectors = Vectors(builder, product.isa)
 
     def write_tables(self, codes: Any, tables: Any) -> None:
@@ -247,15 +250,6 @@ class _Lookup:
     def _down(self, words: Any, shift: int) -> Any:
         return self.builder.lshr(words, self.vectors.constant(WORDS, shift)) if shift else words
 
-    def _times(self, number: Any, factor: int) -> Any:
-        return self.builder.mul(number, ir.Constant(I64, factor))
-
-    def _sum(self, number: Any, other: int) -> Any:
-        return self.builder.add(number, ir.Constant(I64, other))
-
-    def _pointer(self, base: Any, moved: Any) -> Any:
-        return self.builder.inttoptr(self.builder.add(base, moved), I8.as_pointer())
-
 
 @intrinsic
 def _scratch(typing_context, product):
@@ -263,10 +257,7 @@ def _scratch(typing_context, product):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         n_bytes = (PANEL * TALL * 4 + product.layout.n_groups * LINE) * product.n
-        with builder.goto_entry_block():  # numba's own function would fill it byte by byte
-            memory = builder.alloca(ir.ArrayType(I8, n_bytes))
-        memory.align = LINE
-        return builder.ptrtoint(memory, I64)
+        return stack_memory(builder, n_bytes, LINE)
 
     return types.int64(product), generate
 

@@ -44,6 +44,30 @@ def source_digest(*names: str) -> str:
 Value = Any  # llvmlite's values are untyped
 
 
+class Addresses:
+    """Arithmetic with addresses and numbers of 64 bits, for writers of code."""
+
+    def __init__(self, builder: Value) -> None:
+        self.builder = builder
+
+    def _times(self, number: Value, factor: int) -> Value:
+        return self.builder.mul(number, ir.Constant(I64, factor))
+
+    def _sum(self, number: Value, other: int) -> Value:
+        return self.builder.add(number, ir.Constant(I64, other))
+
+    def _pointer(self, base: Value, moved: Value) -> Value:
+        return self.builder.inttoptr(self.builder.add(base, moved), I8.as_pointer())
+
+
+def stack_memory(builder: Value, n_bytes: int, align: int) -> Value:
+    """Return the address of memory on a function's stack; what is in it is undefined."""
+    with builder.goto_entry_block():  # numba's own function would fill it byte by byte
+        memory = builder.alloca(ir.ArrayType(I8, n_bytes))
+    memory.align = align
+    return builder.ptrtoint(memory, I64)
+
+
 class Vectors:
     """Operations on vectors, written at a builder's place.
 

@@ -37,9 +37,11 @@ from cpu_kernels.simd import (
     I64,
     INTS,
     WORDS,
+    Addresses,
     Vectors,
     as_float32,
     source_digest,
+    stack_memory,
 )
 from cpu_kernels.tiles import HALF_LINE, LINE, ROWS, TRITS, Layout, trit_tables
 
@@ -67,11 +69,12 @@ class StreamType(types.Type):
 register_model(StreamType)(models.OpaqueModel)
 
 
-class _Stream:
+class _Stream(Addresses):
     """Writer of the code of a block of columns."""
 
     def __init__(self, builder: Any, product: StreamType) -> None:
-        self.builder, self.layout, self.n = builder, product.layout, product.n
+        super().__init__(builder)
+        self.layout, self.n = product.layout, product.n
         self.vectors = Vectors(builder, product.isa)
 
     def add_block(
@@ -246,15 +249,6 @@ class _Stream:
             known = vectors.fma(known, builder.fmul(own, scale), vectors.to_float(whole))
             vectors.store(known, sums, i * LINE, LINE)
 
-    def _times(self, number: Any, factor: int) -> Any:
-        return self.builder.mul(number, ir.Constant(I64, factor))
-
-    def _sum(self, number: Any, other: int) -> Any:
-        return self.builder.add(number, ir.Constant(I64, other))
-
-    def _pointer(self, base: Any, moved: Any) -> Any:
-        return self.builder.inttoptr(self.builder.add(base, moved), I8.as_pointer())
-
 
 @intrinsic
 def _scratch(typing_context, product):
@@ -262,10 +256,7 @@ def _scratch(typing_context, product):
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         n_bytes = (3 * PANEL * ROWS + 4 * TRITS) * LINE + TRITS * _TABLE_BYTES
-        with builder.goto_entry_block():  # numba's own function would fill it byte by byte
-            memory = builder.alloca(ir.ArrayType(I8, n_bytes))
-        memory.align = LINE
-        return builder.ptrtoint(memory, I64)
+        return stack_memory(builder, n_bytes, LINE)
 
     return types.int64(product), generate
 

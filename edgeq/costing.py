@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from converters.gguf_file import tensor_bytes
+from converters.gguf_file import layer_of, tensor_bytes
 from converters.gguf_header import DEFAULT_ALIGNMENT
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.lattice_formats import LATTICES
@@ -222,8 +222,8 @@ class _Costing:
         source = LayerwiseMoments(model, rows, weights=weights, sequential=False)
         layers: dict[int, list[str]] = {}
         for name in self.measurer.names:
-            number = int(name.split(".")[1]) if name.startswith("blk.") else -1
-            layers.setdefault(number, []).append(name)
+            number = layer_of(name)
+            layers.setdefault(-1 if number is None else number, []).append(name)
         for number, names in sorted(layers.items()):
             moments = source.of_layer(number) if number >= 0 else {}
             for name in names:

@@ -8,6 +8,7 @@ import pytest
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert
 from converters.gguf_file import open_gguf
+from cpu_kernels import choice
 from edgeq import pipeline
 from edgeq.workdir import WorkDirectory
 from tests import tiny_gguf, tiny_models
@@ -77,6 +78,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def nothing_timed(tmp_path, monkeypatch):
+    """Families of kernels are chosen anew, and what is chosen is kept in `tmp_path`."""
+    monkeypatch.setattr(choice, "cache_folder", lambda kernel: tmp_path)
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice._is_faster.cache_clear()
+    yield
+    choice._is_faster.cache_clear()
 
 
 @pytest.fixture(scope="session")

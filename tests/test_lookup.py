@@ -218,7 +218,7 @@ def test_weights_that_cannot_be_multiplied_are_refused(packed, what):
 
 
 @pytest.fixture
-def timings(tmp_path, monkeypatch):
+def timings(nothing_timed, monkeypatch):
     """What is timed, with results that are told."""
     gains, asked = {T.Q4_0: 0.5, T.Q2_K: 0.9, T.TQ1_0: 1.5, T.TQ2_0: 1.01}, []
 
@@ -227,11 +227,7 @@ def timings(tmp_path, monkeypatch):
         return gains[qtype]
 
     monkeypatch.setattr(choice, "_gain", gain)
-    monkeypatch.setattr(choice, "cache_folder", lambda kernel: tmp_path)
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    choice._is_faster.cache_clear()
-    yield asked
-    choice._is_faster.cache_clear()
+    return asked
 
 
 def test_the_faster_family_is_timed_once_and_kept(timings, tmp_path):

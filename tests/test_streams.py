@@ -194,7 +194,7 @@ def test_arm_code_adds_words():
 
 
 @pytest.fixture
-def timings(tmp_path, monkeypatch):
+def timings(nothing_timed, monkeypatch):
     """What is timed; dot wins with one token, and with many of TQ2_0."""
     asked = []
 
@@ -203,11 +203,7 @@ def timings(tmp_path, monkeypatch):
         return 1.5 if layout is None and qtype == T.TQ1_0 else 1.01
 
     monkeypatch.setattr(choice, "_gain", gain)
-    monkeypatch.setattr(choice, "cache_folder", lambda kernel: tmp_path)
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    choice._is_faster.cache_clear()
-    yield asked
-    choice._is_faster.cache_clear()
+    return asked
 
 
 def test_streams_are_used_where_they_are_faster(timings, tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from converters.gguf_file import layer_of
 from edgeq.calibration.fisher import TokenWeights
 from edgeq.calibration.statistics import FloatArray, Statistics
 from edgeq.runtime.model import Tokens
@@ -138,8 +139,8 @@ def groups_of_layers(shapes: Mapping[str, tuple[int, ...]], n_bytes: int) -> lis
     left = 0
     layers: dict[int, list[str]] = {}
     for name in shapes:
-        number = int(name.split(".")[1]) if name.startswith("blk.") else len(shapes)
-        layers.setdefault(number, []).append(name)
+        number = layer_of(name)
+        layers.setdefault(len(shapes) if number is None else number, []).append(name)
     for _, names in sorted(layers.items()):
         needed = sum(4 * (math.prod(shapes[n][:-2]) * shapes[n][-1] ** 2) for n in names)
         if not groups or needed > left:

@@ -14,7 +14,7 @@ from converters.architectures.description import Architecture, Shape
 from converters.checkpoint import open_checkpoint
 from converters.convert import write_outline
 from converters.errors import ConversionError
-from converters.gguf_file import GgufFile, open_gguf, tensor_bytes
+from converters.gguf_file import GgufFile, layer_of, open_gguf, tensor_bytes
 from converters.json_file import read_json
 from edgeq import allocation
 from edgeq.allocation import Plan
@@ -49,7 +49,7 @@ class Tensor:
     @property
     def layer(self) -> int | None:
         """Which layer it belongs to; None: none."""
-        return int(self.name.split(".")[1]) if self.name.startswith("blk.") else None
+        return layer_of(self.name)
 
     @property
     def n_mat(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from converters.gguf_file import GgufFile
+from converters.gguf_file import GgufFile, layer_of
 from edgeq import pipeline, provenance
 from edgeq.allocation import plan_of
 from edgeq.console import Steps
@@ -115,7 +115,7 @@ def derive(
 
         def roundings(numbers: Iterable[int]) -> Roundings:
             wanted = {
-                name: qtype for name, qtype in changed.items() if _layer(name) in {*numbers, None}
+                name: qtype for name, qtype in changed.items() if layer_of(name) in {*numbers, None}
             }
             plan = plan_of(reference.file, recipe.preset, wanted, {})
             return Roundings(
@@ -139,14 +139,8 @@ def derive(
         return Derived(seen, verdicts, (*lines, *rounding.notes))
 
 
-def _layer(name: str) -> int | None:
-    """Return the number of a tensor's layer; None: it is in none."""
-    number = name.removeprefix("blk.").partition(".")[0]
-    return int(number) if name.startswith("blk.") and number.isdigit() else None
-
-
 def _numbers(file: GgufFile) -> list[int]:
-    return sorted({number for name in file.tensors if (number := _layer(name)) is not None})
+    return sorted({number for name in file.tensors if (number := layer_of(name)) is not None})
 
 
 def _drawn(file: GgufFile, n: int, seed: int) -> tuple[int, ...]:
@@ -287,7 +281,7 @@ class _Taken:
         n_threads: int | None = None,
     ) -> Rounded:
         """Return the packed rows of a weight, see ``edgeq.quantizers.Quantizer``."""
-        number = _layer(name)
+        number = layer_of(name)
         if number is None or number in self._layers:
             return self._quantizer.quantize(name, weight, qtype, inputs, n_threads=n_threads)
         packed = self._file.read_bytes(name)
@@ -308,8 +302,8 @@ class _Judge:
         return {
             name: self._verdict(name, derived)
             for name, tensor in self.file.tensors.items()
-            if _layer(name) in {*layers, None}
-            and (_layer(name) in self.rounded or tensor.qtype == self.source.tensors[name].qtype)
+            if layer_of(name) in {*layers, None}
+            and (layer_of(name) in self.rounded or tensor.qtype == self.source.tensors[name].qtype)
         }
 
     def _verdict(self, name: str, derived: Quantized) -> Verdict:
