@@ -38,6 +38,7 @@ from converters.gguf_header import (
     split_paths,
     tensor_bytes,
 )
+from converters.output import temporary_beside
 
 _CHUNK_BYTES = 1 << 20
 _MAX_PARTS = 65535  # split.count is UINT16
@@ -61,14 +62,14 @@ class TensorSource:
     load: Callable[[], npt.NDArray[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PartPlan:
-    """What one file will hold."""
+    """What one file will hold, and where it is written until it is done."""
 
     target: Path
-    temporary: Path
     fields: Mapping[str, Field]
     tensors: Sequence[TensorSource]
+    temporary: Path
 
 
 def write_gguf(
@@ -114,19 +115,21 @@ def write_gguf(
     done: list[Path] = []
     try:
         _check_output(path, parts)
-        for part in parts:
-            _verify_part(part, _write_part(part, _Writer(part, padding), progress))
-        for part in parts:
-            os.replace(part.temporary, part.target)
-            done.append(part.target)
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                part.temporary = stack.enter_context(temporary_beside(part.target))
+            _check_space(path, parts)
+            for part in parts:
+                _verify_part(part, _write_part(part, _Writer(part, padding), progress))
+            for part in parts:
+                os.replace(part.temporary, part.target)
+                done.append(part.target)
     except OSError as error:
         _remove(done)
         raise ConversionError(_os_message(path, error)) from error
     except BaseException:
         _remove(done)
         raise
-    finally:
-        _remove([part.temporary for part in parts])
     _sync_directory(path.parent)
     return [part.target for part in parts]
 
@@ -146,7 +149,7 @@ def write_holes(path: Path, fields: Mapping[str, Field], tensors: Sequence[Tenso
     """
     fields = ordered_fields(path, fields, None)
     _check_tensors(path, tensors)
-    writer = _Writer(_PartPlan(path, path, fields, tensors), DEFAULT_ALIGNMENT)
+    writer = _Writer(_PartPlan(path, fields, tensors, path), DEFAULT_ALIGNMENT)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -240,9 +243,8 @@ def _grouped(
 def _plan(
     path: Path, fields: dict[str, Field], groups: list[list[TensorSource]]
 ) -> list[_PartPlan]:
-    token = f"{os.getpid()}-{os.urandom(4).hex()}"
     if len(groups) == 1:
-        return [_PartPlan(path, _temporary(path, token), fields, groups[0])]
+        return [_PartPlan(path, fields, groups[0], path)]
     n_tensors = sum(len(group) for group in groups)
     shared = {ALIGNMENT_KEY: fields[ALIGNMENT_KEY]} if ALIGNMENT_KEY in fields else {}
     plans = []
@@ -251,12 +253,8 @@ def _plan(
         kinds = (GGUFValueType.UINT16, GGUFValueType.INT32, GGUFValueType.UINT16)
         split = map(Field, values, kinds)
         own = (fields if number == 0 else shared) | dict(zip(SPLIT_KEYS, split, strict=True))
-        plans.append(_PartPlan(target, _temporary(target, token), own, groups[number]))
+        plans.append(_PartPlan(target, own, groups[number], target))
     return plans
-
-
-def _temporary(target: Path, token: str) -> Path:
-    return target.with_name(f".{target.name}.{token}.tmp")
 
 
 def _padded(size: int, alignment: int) -> int:
@@ -274,12 +272,11 @@ def _check_output(path: Path, parts: list[_PartPlan]) -> None:
             raise ConversionError(
                 f"{part.target}: not a file, and will not be replaced. Give another path."
             )
+
+
+def _check_space(path: Path, parts: list[_PartPlan]) -> None:
     needed = sum(tensor_bytes(t.qtype, t.shape) for part in parts for t in part.tensors)
-    try:
-        free = shutil.disk_usage(path.parent).free
-        parts[0].temporary.touch(exist_ok=False)  # opened again for writing, or removed
-    except OSError as error:
-        raise ConversionError(_os_message(path, error)) from error
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ConversionError(
             f"{path}: no space left on the device; {needed} bytes needed, {free} free. "

@@ -30,7 +30,7 @@ from edgeq.stopping import remember
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{8})?\.tmp")  # as `replacing` and write_gguf name them
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # its own temporary files, beside ours
 
 Inputs = Mapping[str, Any]
 """JSON values that an artefact depends on: hashes, settings, versions."""
@@ -115,18 +115,15 @@ class WorkDirectory:
             ) from error
         self._acquire(self._lock)
         # left by a killed run; we hold the lock. No deeper: the directory may be the user's own
-        for stale in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
-            if _TEMPORARY.fullmatch(stale.name):
-                stale.unlink(missing_ok=True)
+        for left in (*self.path.glob(".*tmp*"), *self.path.glob("*/.*tmp*")):
+            if output.is_temporary(left.name) or _OF_SAFETENSORS.fullmatch(left.name):
+                left.unlink(missing_ok=True)
         return self
 
     def _acquire(self, lock: TextIO) -> None:
         try:
-            import fcntl
-        except ImportError:  # Windows: the rename of each artefact still keeps it whole
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not output.try_lock(lock):  # the rename of each artefact still keeps it whole
+                return
             if not os.path.samestat(os.fstat(lock.fileno()), (self.path / "lock").stat()):
                 raise OSError("its owner removed it")
         except OSError as error:

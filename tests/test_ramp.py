@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -174,10 +175,14 @@ def test_every_measurement_is_counted(problem, budget):
     assert found.facts["evaluations"] == len(asked)
 
 
-def test_training_is_the_same_for_a_seed(problem, budget, trained, tmp_path):
+def test_training_is_the_same_for_a_seed_and_leaves_nothing(
+    problem, budget, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     settings = Ramp(episodes=40, measurements=8, save=str(tmp_path / "again.safetensors"))
     again = settings.allocate(problem, budget)
     assert again.choice == trained[0].choice
+    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
     assert (tmp_path / "again.safetensors").read_bytes() == trained[1].read_bytes()
 
 

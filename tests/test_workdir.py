@@ -1,7 +1,9 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,10 +126,34 @@ def test_a_path_below_a_file_cannot_be_written(tmp_path):
 def test_what_a_killed_run_left_is_swept_away(tmp_path):
     make(tmp_path)
     (tmp_path / "layers").mkdir()
-    for name in (".part.txt.999.tmp", "layers/.blk.0.999.tmp"):
+    for name in (".part.txt.999.tmp", "layers/.blk.0.999.tmp", "layers/.tmpAb3dE9"):
         (tmp_path / name).write_text("half", "utf-8")
+    (tmp_path / ".tmp-of-somebody").write_text("not ours", "utf-8")
     make(tmp_path)
-    assert not [name for name in files_under(tmp_path) if name.endswith(".tmp")]
+    left = {Path(name).name for name in files_under(tmp_path) if "tmp" in Path(name).name}
+    assert left == {".tmp-of-somebody"}
+
+
+def test_what_a_killed_run_left_beside_its_output_goes_with_the_next(tmp_path):
+    out = tmp_path / "out[1].gguf"  # not a pattern
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from converters.output import replacing\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(files_under(tmp_path)) == 1
+    (tmp_path / ".other.gguf.1-00000000.tmp").touch()  # of another output
+    with replacing(out) as temporary:
+        with replacing(out) as second:  # the first is in use
+            second.write_text("second", "utf-8")
+        temporary.write_text("first", "utf-8")
+        assert temporary.exists()
+    assert out.read_text("utf-8") == "first"
+    assert files_under(tmp_path) == {out.name, ".other.gguf.1-00000000.tmp"}
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -125,6 +125,7 @@ class _Training:
         try:
             import torch
             from stable_baselines3 import SAC
+            from stable_baselines3.common.logger import Logger
 
             from edgeq.allocation.ramp_environment import AllocationEnv
         except ImportError as error:
@@ -152,6 +153,7 @@ class _Training:
                 seed=self.problem.seed,
                 device="cpu",
             )
+            model.set_logger(Logger(None, []))  # its own one makes a directory in /tmp every time
             about = f"{self.problem.file.path.name}, {{}} episodes"
             if self.settings.warm:
                 self._imitate(model, env, known)

@@ -7,7 +7,6 @@ its rules (mixes, tied embeddings, row-size fallbacks, overrides) and logs the d
 Q4_0, Q5_0, IQ3_XXS, IQ4_NL and IQ4_XS depend.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import math
@@ -23,6 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.errors import ConversionError
 from converters.gguf_file import GgufFile, open_gguf
+from converters.output import temporary_beside
 from cpu_kernels.threads import available_cpus
 from edgeq.errors import CalibrationError, RecipeError, RuntimeLibraryError
 from edgeq.registry import unknown_name
@@ -269,19 +269,16 @@ def quantize_with_llama_cpp(
             n_values = math.prod(shape[:-2]) * shape[-1]
             usable = imatrix is not None and name in imatrix and imatrix[name].size == n_values
             check_importances(name, choice.qtype, preset, has_importances=usable)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        log = job.run(file.paths[0], temporary)
-        _check_written(temporary, file)
-        temporary.replace(out)
+        with temporary_beside(out) as temporary:
+            log = job.run(file.paths[0], temporary)
+            _check_written(temporary, file)
+            temporary.replace(out)
     except (OSError, ConversionError) as error:
         raise RuntimeLibraryError(
             f"{out}: llama.cpp's quantizer left no complete file ({error}). "
             "Free some space or choose another place."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return log
 
 
