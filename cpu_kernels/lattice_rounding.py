@@ -7,6 +7,8 @@ The nearest point is searched over all points with one weight for each coordinat
 the loss ½ tr(E H Eᵀ) is then computed with the full Hessian. Rows are independent.
 """
 
+from typing import Any, NamedTuple
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,53 @@ Indices = npt.NDArray[np.uint16]
 _UNIT = 8  # weights that share a byte of signs
 _HALF_UNIT = 4
 _NONE, _EVEN = int(Signs.NONE), int(Signs.EVEN)  # numba knows no enumerations
+_LEVELS = 3
+_CODES = _LEVELS**_HALF_UNIT  # of half a point
+
+
+class Halves(NamedTuple):
+    """Points whose coordinates have three levels, taken apart into two codes of four coordinates.
+
+    What a point costs is the sum of what its halves cost, and of these there are only 81. Points of
+    other kinds, and those of which a sign may have to be flipped, are in no sets.
+
+    Attributes
+    ----------
+    levels : (n_parts, n_sets, 3), ascending
+    starts : (n_parts, n_sets, 82), where the points with a first code start in what follows
+    second : (n_parts, n_sets, n), the other code of each point
+    indices : (n_parts, n_sets, n), of the points in their part
+    """
+
+    levels: Floats
+    starts: npt.NDArray[np.int32]
+    second: Bytes
+    indices: Indices
+
+
+def halves_of(points: Floats, sign_rule: int) -> Halves:
+    """Return (n_parts, point size, n_points) points by halves."""
+    n_parts, size, _ = points.shape
+    kinds = (np.float32, np.int32, np.uint8, np.uint16)
+    if size != _UNIT or sign_rule == _EVEN:
+        return Halves(*(np.zeros((n_parts, 0, 1), kind) for kind in kinds))
+    parts = []
+    for part in points:
+        shift = part[0] - np.rint(part[0])  # of IQ1's points, up or down
+        chosen = [np.flatnonzero(shift == one) for one in np.unique(shift)]
+        sets = [_by_first_code(part[:, some], some) for some in chosen]
+        parts.append([np.stack(arrays) for arrays in zip(*sets, strict=True)])
+    arrays = [np.stack(one) for one in zip(*parts, strict=True)]
+    return Halves(*(one.astype(kind) for one, kind in zip(arrays, kinds, strict=True)))
+
+
+def _by_first_code(points: Floats, indices: npt.NDArray[np.intp]) -> tuple[npt.NDArray[Any], ...]:
+    levels = np.unique(points)
+    codes = np.searchsorted(levels, points).reshape(2, _HALF_UNIT, -1)
+    first, second = np.tensordot(codes, _LEVELS ** np.arange(_HALF_UNIT), axes=(1, 0))
+    order = np.argsort(first, kind="stable")
+    starts = np.searchsorted(first[order], np.arange(_CODES + 1))
+    return levels, starts, second[order], indices[order]
 
 
 @kernel(reorder=True)
@@ -96,10 +145,63 @@ def _least(costs: Floats) -> int:
     return place
 
 
+@kernel(reorder=True)
+def _least_by_halves(
+    target: Floats, weight: Floats, s: np.float32, part: int, halves: Halves, is_signed: bool,
+    tables: Floats,
+) -> int:  # fmt: skip
+    """Return the index of the point with the least squared error.
+
+    Points with the same first half are passed over if the best second half of all would not do.
+
+    Parameters
+    ----------
+    target, weight : (8,)
+    s : scale, above 0
+    part : of the points
+    is_signed : as for ``_scan``
+    tables : (2, 81) or more, written
+    """
+    least, found = np.float32(np.inf), 0
+    firsts, seconds = tables[0], tables[1]
+    for number in range(halves.levels.shape[1]):
+        levels, starts = halves.levels[part, number], halves.starts[part, number]
+        for half in range(2):
+            table = tables[half]
+            table[0] = np.float32(0)
+            n = 1
+            for i in range(_HALF_UNIT):
+                j = _HALF_UNIT * half + i
+                wanted = (target[j] if is_signed else np.abs(target[j])) / s
+                factor = weight[j] * s * s
+                for level in range(_LEVELS - 1, -1, -1):
+                    error = levels[level] - wanted
+                    cost = factor * error * error
+                    for code in range(n):
+                        table[level * n + code] = table[code] + cost
+                n *= _LEVELS
+        nearest = 0
+        rest = seconds[0]
+        for code in range(_CODES):
+            rest = min(rest, seconds[code])
+            if firsts[code] < firsts[nearest]:
+                nearest = code
+        for turn in range(-1, _CODES):
+            code = nearest if turn < 0 else turn
+            base = firsts[code]
+            if base + rest < least:
+                for i in range(starts[code], starts[code + 1]):
+                    cost = base + seconds[halves.second[part, number, i]]
+                    if cost < least:
+                        least = cost
+                        found = int(halves.indices[part, number, i])
+    return found
+
+
 @kernel()
 def _nearest_unit(
-    target: Floats, weight: Floats, s: np.float32, points: Floats, sign_rule: int,
-    values: Floats, indices: Indices, scratch: Floats,
+    target: Floats, weight: Floats, s: np.float32, part: int, points: Floats, halves: Halves,
+    sign_rule: int, values: Floats, indices: Indices, scratch: Floats,
 ) -> np.uint8:  # fmt: skip
     """Choose the points and signs of eight weights; return the signs.
 
@@ -107,11 +209,12 @@ def _nearest_unit(
     ----------
     target, weight : (8,)
     s : scale; not above 0: the first point everywhere
-    points : (point size, n_points)
+    part : of the points
+    points : (n_parts, point size, n_points)
     values, indices : (8,) and (8 / point size,) written
     scratch : (3, n_points) written
     """
-    size = points.shape[0]
+    size = points.shape[1]
     is_signed = sign_rule == _NONE
     n_minus, signs = 0, 0
     for j in range(_UNIT):
@@ -119,37 +222,42 @@ def _nearest_unit(
             n_minus += 1
             signs |= 1 << j
     is_odd = sign_rule == _EVEN and n_minus % 2 == 1
-    flipped_part = -1
+    flipped = -1
     flipped_point = 0
     least_extra = np.float32(np.inf)
-    for part in range(_UNIT // size):
-        indices[part] = 0
+    for place in range(_UNIT // size):
+        indices[place] = 0
         if not s > np.float32(0):
             continue
+        if halves.levels.shape[1] > 0:
+            indices[place] = _least_by_halves(target, weight, s, part, halves, is_signed, scratch)
+            continue
         costs, flips = scratch[0], scratch[1]
-        _scan(part * size, target, weight, s, points, is_signed, costs, flips, is_odd, scratch[2])
+        _scan(
+            place * size, target, weight, s, points[part], is_signed, costs, flips, is_odd,
+            scratch[2],
+        )  # fmt: skip
         best = _least(costs)
-        indices[part] = best
+        indices[place] = best
         if is_odd:
             least = costs[best]
             other = _least(flips)
-            if flips[other] - least < least_extra or flipped_part < 0:
+            if flips[other] - least < least_extra or flipped < 0:
                 least_extra = flips[other] - least
-                flipped_part, flipped_point = part, other
+                flipped, flipped_point = place, other
     if is_odd:
         flip_at = 0
-        if flipped_part >= 0:
-            indices[flipped_part] = flipped_point
-            flip_at = flipped_part * size
-            for j in range(flipped_part * size, (flipped_part + 1) * size):
-                here = weight[j] * np.abs(target[j]) * points[j % size, flipped_point]
-                there = flip_at % size
-                best_here = weight[flip_at] * np.abs(target[flip_at]) * points[there, flipped_point]
-                if here < best_here:
+        if flipped >= 0:
+            indices[flipped] = flipped_point
+            flip_at = flipped * size
+            for j in range(flipped * size, (flipped + 1) * size):
+                here = weight[j] * np.abs(target[j]) * points[part, j % size, flipped_point]
+                value = points[part, flip_at % size, flipped_point]
+                if here < weight[flip_at] * np.abs(target[flip_at]) * value:
                     flip_at = j
         signs ^= 1 << flip_at
     for j in range(_UNIT):
-        value = s * points[j % size, indices[j // size]]
+        value = s * points[part, j % size, indices[j // size]]
         values[j] = -value if (signs >> j) & 1 else value
     return np.uint8(signs)
 
@@ -157,7 +265,7 @@ def _nearest_unit(
 @kernel(parallel=True, reorder=True)
 def feed_back_points(
     weights: Floats, upper: Floats, metric: Floats, group: Ints, scale: Floats, points: Floats,
-    sign_rule: int, indices: Indices, signs: Bytes, values: Floats,
+    halves: Halves, sign_rule: int, indices: Indices, signs: Bytes, values: Floats,
 ) -> None:  # fmt: skip
     """Round eight columns after another, pushing each error onto the columns not yet rounded.
 
@@ -189,8 +297,8 @@ def feed_back_points(
             own = indices[row, per_unit * unit : per_unit * (unit + 1)]
             part = own[0] // n_points
             signs[row, unit] = _nearest_unit(
-                w[first:last], metric[first:last], scale[row, group[unit]], points[part], sign_rule,
-                values[row, first:last], own, scratch,
+                w[first:last], metric[first:last], scale[row, group[unit]], part, points, halves,
+                sign_rule, values[row, first:last], own, scratch,
             )  # fmt: skip
             own += np.uint16(part * n_points)
             for j in range(first, last):
@@ -202,9 +310,9 @@ def feed_back_points(
 
 @kernel(parallel=True, reorder=True)
 def descend_points(
-    gradient: Floats, hessian: Floats, inverses: Floats, points: Floats, sign_rule: int,
-    group_size: int, super_scale: Floats, sub_scale: Floats, max_sub_scale: int, indices: Indices,
-    signs: Bytes, values: Floats, reach: int, n_passes: int,
+    gradient: Floats, hessian: Floats, inverses: Floats, points: Floats, halves: Halves,
+    sign_rule: int, group_size: int, super_scale: Floats, sub_scale: Floats, max_sub_scale: int,
+    indices: Indices, signs: Bytes, values: Floats, reach: int, n_passes: int,
 ) -> None:  # fmt: skip
     """Lower each row's loss over one block of columns: points, signs, and the groups' sub-scales.
 
@@ -246,7 +354,7 @@ def descend_points(
                         continue
                     change = _try_group(
                         start, super_scale[row] * s, step == 0 and part == old_part, values[row],
-                        gradient[row], hessian, inverses, points[part], part * n_points, sign_rule,
+                        gradient[row], hessian, inverses, part, points, halves, sign_rule,
                         indices[row], signs[row], work[1:], best_indices[1], best_signs[1], scratch,
                     )  # fmt: skip
                     if change < best_change:
@@ -272,7 +380,7 @@ def descend_points(
 @kernel(reorder=True)
 def _try_group(
     start: int, s: np.float32, is_own: bool, values: Floats, gradient: Floats, hessian: Floats,
-    inverses: Floats, points: Floats, first_index: int, sign_rule: int, indices: Indices,
+    inverses: Floats, part: int, points: Floats, halves: Halves, sign_rule: int, indices: Indices,
     signs: Bytes, work: Floats, trial_indices: Indices, trial_signs: Bytes, scratch: Floats,
 ) -> np.float32:  # fmt: skip
     """Choose a group's points anew at scale s, eight weights after another.
@@ -280,7 +388,8 @@ def _try_group(
     Parameters
     ----------
     is_own : s and the part are the group's own, so that a unit may stay as it is
-    points : (point size, n_points) of one part, which starts at `first_index`
+    part : of the points
+    points : (n_parts, point size, n_points)
     work : (4, group_size) written: the group's values, its gradient, what is wanted, one unit
     trial_indices, trial_signs : of the group, written
 
@@ -290,7 +399,8 @@ def _try_group(
     """
     trial, trial_gradient, wanted, weight = work[0], work[1], work[2], work[3]
     n = trial.size
-    per_unit = _UNIT // points.shape[0]
+    _, size, n_points = points.shape
+    per_unit = _UNIT // size
     total = np.float32(0)
     for i in range(n):
         trial_gradient[i] = gradient[start + i]
@@ -306,10 +416,10 @@ def _try_group(
         chosen = trial[first : first + _UNIT]
         own = trial_indices[per_unit * unit : per_unit * (unit + 1)]
         trial_signs[unit] = _nearest_unit(
-            wanted[first : first + _UNIT], weight[first : first + _UNIT], s, points, sign_rule,
-            chosen, own, scratch,
+            wanted[first : first + _UNIT], weight[first : first + _UNIT], s, part, points, halves,
+            sign_rule, chosen, own, scratch,
         )  # fmt: skip
-        own += np.uint16(first_index)
+        own += np.uint16(part * n_points)
         change = np.float32(0)
         for i in range(_UNIT):
             row = np.float32(0)

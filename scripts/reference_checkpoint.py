@@ -138,7 +138,7 @@ def _config(source: GgufFile, tensors: Tensors, geometry: Geometry) -> dict[str,
         "use_cache": True,
         "vocab_size": len(tensors["token_embd.weight"]),
     }
-    if geometry.head_dim * geometry.n_head != geometry.n_embd:
+    if architecture == "gemma3" or geometry.head_dim * geometry.n_head != geometry.n_embd:
         config["head_dim"] = geometry.head_dim
     if architecture == "llama":
         return config | {"hidden_act": "silu", "mlp_bias": False}

@@ -109,6 +109,9 @@ def widen(tensors: Tensors, geometry: Geometry, n_embd: int, seed: int) -> Geome
     their weights are zero) fill the projections: whole groups, so old query heads keep their
     key/value head.
 
+    Norms after the sublayers (Gemma) weigh each channel on its way into the residual stream, so
+    nothing can be turned there: the new channels stay zero, see ``_pad_residual``.
+
     Returns
     -------
     The geometry of the widened model.
@@ -120,12 +123,14 @@ def widen(tensors: Tensors, geometry: Geometry, n_embd: int, seed: int) -> Geome
     """
     old = geometry.n_embd
     n_new, group = n_embd - old, geometry.n_head // geometry.n_head_kv
-    if geometry.has_post_norms or not 0 < n_new <= old or n_embd % (group * geometry.head_dim):
+    step = 1 if geometry.has_post_norms else group * geometry.head_dim
+    if not 0 < n_new <= old or n_embd % step:
         raise ReferenceModelError(
             f"--widen: cannot widen {old} channels to {n_embd}; expected a multiple of "
-            f"{group * geometry.head_dim} (a group of {group} heads) up to {2 * old}, in a model "
-            "without norms after its sublayers. Choose another width."
+            f"{step} (a group of {group} heads) up to {2 * old}. Choose another width."
         )
+    if geometry.has_post_norms:
+        return _pad_residual(tensors, geometry, n_embd)
     heads = n_embd // geometry.head_dim
     wide = replace(
         geometry,
@@ -151,6 +156,28 @@ def widen(tensors: Tensors, geometry: Geometry, n_embd: int, seed: int) -> Geome
     for i in range(geometry.n_layers):
         _add_silent_heads(tensors, f"blk.{i}.", wide)
     return wide
+
+
+def _pad_residual(tensors: Tensors, geometry: Geometry, n_embd: int) -> Geometry:
+    """Give the residual stream channels that are always zero; `tensors` is *written*.
+
+    Norm weights and epsilon shrink as in ``widen``. The embedding, which the model multiplies by
+    the root of its width, shrinks too, and the last norm, whose output meets the same embedding,
+    makes up for it. Epsilon is that of the heads' norms as well, where it should not change: that
+    is the only thing that is not exact.
+    """
+    old = geometry.n_embd
+    shrink = np.sqrt(old / n_embd)
+    for name in [n for n in tensors if tensors[n].shape == (old,)]:
+        factor = 1 if name == "output_norm.weight" else shrink
+        new = np.full(n_embd - old, factor, np.float32)
+        tensors[name] = np.concatenate([(tensors[name] * factor).astype(np.float32), new])
+    for name in _residual_readers(tensors, geometry):
+        tensors[name] = np.pad(tensors[name], ((0, 0), (0, n_embd - old)))
+    for name in _residual_writers(geometry):
+        tensors[name] = np.pad(tensors[name], ((0, n_embd - old), (0, 0)))
+    _scale_columns(tensors, ["token_embd.weight"], np.full(n_embd, shrink))
+    return replace(geometry, n_embd=n_embd, rms_eps=geometry.rms_eps * old / n_embd)
 
 
 def _turn(columns: Float32, partners: npt.NDArray[np.intp], t: Float64) -> Float32:

@@ -113,7 +113,8 @@ def _make(source: GgufFile, out: Path, work: Path, settings: Settings, say: Say)
     say("moving the weights off their grid")
     if settings.widen is not None:
         geometry = widen(tensors, geometry, settings.widen, settings.seed)
-    fold_channels(tensors, geometry, settings.seed, norms=settings.widen is None)
+    folds_norms = settings.widen is None or geometry.has_post_norms
+    fold_channels(tensors, geometry, settings.seed, norms=folds_norms)
     permute_residual(tensors, geometry, settings.seed)
     _settle_norms(source.architecture, tensors)
     say(f"writing {sum(t.nbytes for t in tensors.values()) >> 20} MiB, twice")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cpu_kernels.lattice_formats import LATTICES, Signs
-from cpu_kernels.lattice_rounding import _nearest_unit
+from cpu_kernels.lattice_rounding import _nearest_unit, halves_of
 from edgeq.quantizers import Inputs
 from edgeq.quantizers.gptq import Gptq
 from edgeq.runtime.encoders import decode, encode
@@ -84,9 +84,10 @@ def test_the_nearest_point_is_found_among_all(qtype, seed):
     weight = rng.uniform(0.1, 10, 8).astype(np.float32)
     values, indices = np.empty(8, np.float32), np.empty(8 // size, np.uint16)
     scratch = np.empty((3, len(form.points)), np.float32)
-    grid = np.ascontiguousarray(form.points.T)
+    grid = np.ascontiguousarray(form.points.T)[None]
     rule = int(form.sign_rule)
-    signs = _nearest_unit(target, weight, s, grid, rule, values, indices, scratch)
+    halves = halves_of(grid, rule)
+    signs = _nearest_unit(target, weight, s, 0, grid, halves, rule, values, indices, scratch)
     minus = np.unpackbits(np.uint8(signs), bitorder="little")
     assert form.sign_rule == Signs.FREE or minus.sum() % 2 == 0
     assert form.sign_rule != Signs.NONE or not minus.any()

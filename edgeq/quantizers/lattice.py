@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cpu_kernels.lattice_formats import UNIT, LatticeFormat, Points
-from cpu_kernels.lattice_rounding import descend_points, feed_back_points
+from cpu_kernels.lattice_rounding import descend_points, feed_back_points, halves_of
 from edgeq.quantizers.factor import Factored
 from edgeq.quantizers.feedback import Columns
 from edgeq.runtime.encoders import FloatArray, Packed
@@ -87,6 +87,7 @@ def feed_back_errors(
     indices = made.points.indices.reshape(len(weight), len(units), -1)
     left = np.ascontiguousarray(weight[:, order])
     grid = _by_part(fmt)
+    halves = halves_of(grid, int(fmt.sign_rule))
     for first in range(0, len(order), _BATCH):
         batch = slice(first, min(first + _BATCH, len(order)))
         now = np.ascontiguousarray(left[:, batch])
@@ -100,6 +101,7 @@ def feed_back_errors(
             mine * UNIT // fmt.group_size,
             scale,
             grid,
+            halves,
             int(fmt.sign_rule),
             chosen,
             signs,
@@ -145,6 +147,7 @@ def lower_loss(
     fmt, points = rounding.fmt, rounding.points
     size, per_block = fmt.block_size, fmt.block_size // fmt.group_size
     grid = _by_part(fmt)
+    halves = halves_of(grid, int(fmt.sign_rule))
     error = rounding.values - weight
     for block in range(weight.shape[1] // size):
         columns = slice(block * size, (block + 1) * size)
@@ -158,6 +161,7 @@ def lower_loss(
             part,
             inverses,
             grid,
+            halves,
             int(fmt.sign_rule),
             fmt.group_size,
             own.super_scale[:, 0].copy(),
