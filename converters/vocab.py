@@ -16,8 +16,9 @@ _set_vocab_llama_hf), conversion/phi.py (Phi3MiniModel.set_vocab), gguf-py/gguf/
 (LlamaHfVocab).
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,16 @@ def _open_tokenizer(path: Path) -> tuple[dict[str, Any], Any] | None:
         raise ConversionError(f"{path}: no 'model' in it; expected the tokenizers library's file.")
     import tokenizers
 
-    try:
+    with _refusals_of_the_library(path):
         return specification, tokenizers.Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
+
+
+@contextlib.contextmanager
+def _refusals_of_the_library(path: Path) -> Iterator[None]:
+    """Say of what file the tokenizers library complains: on reading it, or only at some text."""
+    try:
+        yield
+    except (ConversionError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception, or a panic, which is none
         raise ConversionError(f"{path}: the tokenizers library refuses it: {error}") from error
@@ -334,7 +342,8 @@ def _byte_pairs(directory: Path, n_vocab: int | None, pre: str | None) -> Vocabu
     n_vocab = len(texts) if n_vocab is None else n_vocab
     if max(texts) >= n_vocab:
         raise _mismatch(path, max(texts) + 1, n_vocab)
-    name = pre or pre_tokenizer_name(path, specification, tokenizer)
+    with _refusals_of_the_library(path):
+        name = pre or pre_tokenizer_name(path, specification, tokenizer)
     vocabulary = Vocabulary("gpt2", name, [], [], merges=_merges(model))
     added = tokenizer.get_added_tokens_decoder()
     for token in range(n_vocab):
@@ -342,8 +351,9 @@ def _byte_pairs(directory: Path, n_vocab: int | None, pre: str | None) -> Vocabu
         kind = TokenType.NORMAL if token in texts else TokenType.UNUSED
         if token in added:
             if not added[token].normalized:  # llama.cpp looks for the text as it comes out
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-                text = tokenizer.decode(ids, skip_special_tokens=False)
+                with _refusals_of_the_library(path):
+                    ids = tokenizer.encode(text, add_special_tokens=False).ids
+                    text = tokenizer.decode(ids, skip_special_tokens=False)
             if added[token].special or _CONTROL.fullmatch(text):
                 kind = TokenType.CONTROL
             else:

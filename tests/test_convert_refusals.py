@@ -252,6 +252,18 @@ def test_tokenizer_settings_of_another_shape_are_refused(directory: Path) -> Non
     assert "tokenizer.json: the tokenizers library refuses it" in refusal(directory)
 
 
+def test_a_tokenizer_that_fails_only_at_some_text_is_refused(tmp_path: Path) -> None:
+    directory = tiny_models.build("qwen2", tmp_path).directory
+
+    def forget_a_byte(tokenizer: dict[str, Any]) -> None:
+        tokenizer["model"] |= {"unk_token": "", "merges": []}
+        del tokenizer["model"]["vocab"]["ð"]  # the first of emoji, in llama.cpp's text for digests
+
+    edit_json(directory / "tokenizer.json", forget_a_byte)
+    message = refusal(directory)
+    assert "tokenizer.json: the tokenizers library refuses it: Unk token" in message
+
+
 def test_added_tokens_of_another_shape_are_refused(tmp_path: Path) -> None:
     directory = tiny_models.build("llama2", tmp_path).directory
     settings = {"added_tokens_decoder": {"one": {"text": "<s>"}}}
