@@ -219,7 +219,8 @@ class _Costing:
         )
         with self.measurer.steps.step("gradients") as progress:
             weights = token_weights(model, rows, seed=self.ground.seed, progress=progress)
-        source = LayerwiseMoments(model, rows, weights=weights, sequential=False)
+        work = self.measurer.work.path
+        source = LayerwiseMoments(model, rows, weights=weights, sequential=False, directory=work)
         layers: dict[int, list[str]] = {}
         for name in self.measurer.names:
             number = layer_of(name)

@@ -58,16 +58,22 @@ class Held(Generic[_T]):
 
 @dataclass(frozen=True, eq=False)
 class Filed(Generic[_T]):
-    """Shared data that lies in a safetensors file which every worker can read."""
+    """Shared data that lies in files which every worker can read.
+
+    Attributes
+    ----------
+    paths : of its arrays, .npy, by field
+    """
 
     kind: type[_T]
-    path: Path
+    paths: Mapping[str, Path]
 
     def get(self) -> _T:
-        """Read it."""
-        from safetensors.numpy import load_file
+        """Map the files: workers of one machine share their pages, and none has to hold them."""
+        import numpy as np
 
-        return self.kind(**load_file(self.path))
+        arrays = {field: np.load(path, mmap_mode="r") for field, path in self.paths.items()}
+        return self.kind(**{field: np.asarray(array) for field, array in arrays.items()})
 
 
 class Executor(Protocol):
@@ -232,7 +238,7 @@ class Processes:
 @contextlib.contextmanager
 def filed(values: Mapping[str, _T], directory: Path) -> Iterator[Mapping[str, Shared[_T]]]:
     """Write dataclasses of arrays as files, equal objects once; remove them afterwards."""
-    from edgeq.workdir import save_arrays
+    import numpy as np
 
     files: dict[int, Filed[_T]] = {}
     try:
@@ -240,12 +246,13 @@ def filed(values: Mapping[str, _T], directory: Path) -> Iterator[Mapping[str, Sh
             if id(value) in files:
                 continue
             directory.mkdir(parents=True, exist_ok=True)
-            one = files[id(value)] = Filed(type(value), directory / f"{len(files)}.safetensors")
-            arrays = {
-                field.name: getattr(value, field.name)
-                for field in dataclasses.fields(value)  # type: ignore[arg-type]
-            }
-            save_arrays({k: v for k, v in arrays.items() if v is not None}, one.path)
+            paths = {}
+            for field in dataclasses.fields(value):  # type: ignore[arg-type]
+                array = getattr(value, field.name)
+                if array is not None:
+                    paths[field.name] = directory / f"{len(files)}.{field.name}.npy"
+                    np.save(paths[field.name], array)
+            files[id(value)] = Filed(type(value), paths)
         yield {name: files[id(value)] for name, value in values.items()}
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ from edgeq.allocation import PlanEntry
 from edgeq.calibration.moments import Moments
 from edgeq.execution import Executor, Shared, in_order
 from edgeq.grids import KEPT, lies_on_grid, reason
-from edgeq.quantizers import Inputs, Quantizer, Rounded, importances_of
+from edgeq.quantizers import Inputs, Matrices, Quantizer, Rounded, importances_of
 from edgeq.runtime.encoders import FloatArray, Packed, decode, encode, validate
 from edgeq.transforms import (
+    FoldedHessian,
     FoldSite,
     QuantizerLoss,
     TensorScales,
@@ -35,6 +36,7 @@ from edgeq.workdir import save_arrays
 _JUDGED_ROWS = 128  # of a matrix: folds are searched on these
 Importances = Mapping[str, FloatArray]
 Facts = dict[str, float | str]
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ class LayerRounding:
         )
         choice = search_scales(
             site,
-            {name: thinned(self._weight(name), _JUDGED_ROWS) for name in names},
+            {name: self._weight(name, _JUDGED_ROWS) for name in names},
             loss=loss,
             importances=importances,
             hessians=hessians,
@@ -220,23 +222,25 @@ class LayerRounding:
             It cannot be quantized; the message names it.
         """
         rules, qtype = self.rules, self.qtypes[name]
-        weight = self._weight(name)
-        shape = weight.shape
+        shape = self.file.tensors[name].shape
         if name in self.kept:
-            nearest = encode(weight, qtype, n_threads=rules.n_threads, name=name)
+            nearest = encode(self._weight(name), qtype, n_threads=rules.n_threads, name=name)
             packed = _checked(name, qtype, Rounded(nearest), shape)
             return RoundedTensor(packed, {KEPT: self.kept[name]})
         importances = self.inputs[name]
         mean = None
         if moments is not None and rules.quantizer.uses_hessian and self._has_float_bias(name):
             moments, mean = moments.centred(), moments.mean
-        hessian = None if moments is None else moments.hessian
-        cross = None if moments is None else moments.cross
+        hessian: Matrices | None = None if moments is None else moments.hessian
+        cross: Matrices | None = None if moments is None else moments.cross
+        weight = self._weight(name)
+        if moments is not None and scales is not None:
+            fold = fold_hessian if len(shape) == 2 else FoldedHessian
+            hessian = fold(moments.hessian, scales)
+            cross = None if moments.cross is None else fold(moments.cross, scales)
         if scales is not None:
             weight = apply(weight, scales)
             importances = None if importances is None else fold_importances(importances, scales)
-            hessian = None if hessian is None else fold_hessian(hessian, scales)
-            cross = None if cross is None else fold_hessian(cross, scales)
             mean = None if mean is None else mean / scales.column
         if rules.asymmetric > 0 and hessian is not None and cross is not None:
             weight = corrected(weight, hessian, cross, rules.asymmetric)
@@ -250,9 +254,14 @@ class LayerRounding:
             shift = np.einsum("gri,gi->gr", error, mean).ravel()
         return RoundedTensor(_checked(name, qtype, rounded, shape), dict(rounded.facts), shift)
 
-    def _weight(self, name: str) -> FloatArray:
-        allow = self.rules.allow_requantize
-        return read_weight(self.file, name, allow_requantize=allow, n_threads=self.rules.n_threads)
+    def _weight(self, name: str, n_rows: int | None = None) -> FloatArray:
+        return read_weight(
+            self.file,
+            name,
+            allow_requantize=self.rules.allow_requantize,
+            n_threads=self.rules.n_threads,
+            n_rows=n_rows,
+        )
 
     def _has_float_bias(self, name: str) -> bool:
         info = self.file.tensors.get(_bias_of(name))
@@ -303,9 +312,14 @@ def _bias_of(name: str) -> str:
 
 
 def read_weight(
-    file: GgufFile, name: str, *, allow_requantize: bool, n_threads: int | None
+    file: GgufFile,
+    name: str,
+    *,
+    allow_requantize: bool,
+    n_threads: int | None,
+    n_rows: int | None = None,
 ) -> FloatArray:
-    """Return a tensor as float32 in its shape."""
+    """Return a tensor as float32 in its shape; of each matrix at most `n_rows`, see ``thinned``."""
     info = file.tensors[name]
     if info.qtype not in FLOATS and not allow_requantize:
         raise ConversionError(
@@ -313,11 +327,13 @@ def read_weight(
             "Give the float model, or allow a second rounding with --allow-requantize."
         )
     packed = file.read_bytes(name)
+    if n_rows is not None:
+        packed = thinned(packed, n_rows)
     rows = decode(packed.reshape(-1, packed.shape[-1]), info.qtype, n_threads=n_threads)
-    return rows.reshape(info.shape)
+    return rows.reshape(*packed.shape[:-1], info.shape[-1])
 
 
-def thinned(weight: FloatArray, n_rows: int) -> FloatArray:
+def thinned(weight: npt.NDArray[_Number], n_rows: int) -> npt.NDArray[_Number]:
     """Return at most so many rows of each matrix, evenly spread."""
     n_out = weight.shape[-2]
     if n_out <= n_rows:
@@ -336,7 +352,7 @@ def _by_matrix(hessian: FloatArray, shape: tuple[int, ...]) -> FloatArray:
 
 
 def corrected(
-    weight: FloatArray, hessian: FloatArray, cross: FloatArray, strength: float
+    weight: FloatArray, hessian: Matrices, cross: Matrices, strength: float
 ) -> FloatArray:
     """Return W + α W C H⁻¹: weights that undo a part of what the layers before changed.
 

@@ -205,6 +205,7 @@ class Measurer(AbstractContextManager["Measurer", None]):
                 output_tensor=True,
                 n_threads=self.ground.n_threads,
                 progress=progress,
+                directory=self.work.path,
             )
         return {
             name: found.hessian(name)

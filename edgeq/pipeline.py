@@ -6,6 +6,7 @@ directory, which reuses what still fits.
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,10 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
         read_private_key(recipe.sign)
     if recipe.modelfile:
         check_modelfile(recipe.out)
+    if recipe.method.tune_steps and os.environ.get("EDGEQ_DEVICE"):
+        from edgeq.layerwise import chosen_device
+
+        chosen_device()
     imatrix = given_imatrix(recipe.imatrix, reference.file)
     if recipe.target.is_set:  # the types are not known yet
         make_allocator(recipe.allocator)

@@ -198,6 +198,7 @@ class Roundings:
                 strength=method.fisher,
                 sequential=method.sequential,
                 asymmetric=method.asymmetric > 0,
+                directory=self.work.path,
             )
 
     def _torch_model(self, text: UsedText) -> "LayerwiseModel":
@@ -267,6 +268,7 @@ class Roundings:
                     hessians=names,
                     n_threads=self.recipe.n_threads,
                     progress=progress,
+                    directory=self.work.path,
                 )
 
         found = StoredMoments(passed, groups)
@@ -293,10 +295,12 @@ class Roundings:
                 raise
             self.notes.append(f"Scales are not tuned: {error}")
             return None
-        from edgeq.layerwise import LayerwiseModel
+        from edgeq.layerwise import LayerwiseModel, chosen_device, memory_of
         from edgeq.tuning import tune
 
+        device = chosen_device()
         made_by = {
+            "device": str(device),
             "wanted": _digests(wanted),
             "reference": reference.sha256,
             "steps": method.tune_steps,
@@ -305,13 +309,19 @@ class Roundings:
             "tuning": tuning.manifest.sha256,
             "versions": provenance.versions(),
         }
-        with self.steps.step("tune") as progress, self._candidate(wanted) as candidate:
+        with (
+            self.steps.step("tune") as progress,
+            self._candidate(wanted) as candidate,
+            memory_of(device, "--tune"),
+        ):
+            if device.type != "cpu":  # second moments and gradients stay the CPU's, to the byte
+                teacher = LayerwiseModel.open(reference.file, reference.checkpoint, device=device)
             path = self.work.artefact(
                 "tune/tuned.safetensors",
                 made_by,
                 lambda out: tune(
                     teacher,
-                    LayerwiseModel.open(open_gguf(candidate), reference.checkpoint),
+                    LayerwiseModel.open(open_gguf(candidate), reference.checkpoint, device=device),
                     text.rows,
                     tuning.rows,
                     out,

@@ -255,7 +255,7 @@ def quantizer_checks(
 def _arrays(case: _Case) -> list[FloatArray]:
     """Return weight, importances and second moments, but what is None."""
     given = (case.weight, case.inputs.importances, case.inputs.hessian)
-    return [array for array in given if array is not None]
+    return [np.asarray(array) for array in given if array is not None]
 
 
 def _nearest(case: _Case) -> FloatArray:

@@ -4,6 +4,11 @@ Codes stay as they are. The quantized model runs in torch, layer by layer, and t
 KL divergence from the float model move the scales. Each round of steps is an artefact, so that an
 interrupted run goes on; the round with the least divergence on text held out for it is taken.
 
+Layers, logits and the gradients at weights are computed on the models' device, a GPU where torch
+sees one; blocks are taken apart and put together by numpy. The same bytes again are only promised
+on the CPU, with the same number of threads. ``made_by`` has to name the device: a run that goes on
+elsewhere then starts the tuning anew.
+
 Sources: Kim et al., PEQA, arXiv:2305.14152, and Chen et al., EfficientQAT, arXiv:2407.11062,
 section 3.3, train the scales alone; here by the divergence from the float model instead of the
 text's own tokens, and with everything snapped to what the file can hold at each step.
@@ -170,12 +175,12 @@ def tune(
     Parameters
     ----------
     teacher : the float model
-    student : opened from the quantized file
+    student : opened from the quantized file, on the same device or another
     tokens, tuning : (n_chunks, n_tokens) int32, to learn from and to judge by
     out : a safetensors file with each tensor's packed rows in its shape
     steps : at most
     seed : of the order of the chunks
-    made_by : all that the result depends on
+    made_by : all that the result depends on, the student's device too
     frozen : names of tensors that stay as they are
 
     Raises
@@ -327,29 +332,34 @@ class _Tuner:
             for hidden, chunk in zip(states.pop(), chunks, strict=True)
         ]
         for number in reversed(range(self.student.n_layers)):
-            products: dict[str, FloatArray] = {}
+            products: dict[str, Any] = {}
             on_product = self._adder(products)
             gradients = [
                 load(number).backward(hidden, gradient, on_product, add)
                 for hidden, gradient in zip(states.pop(), gradients, strict=True)
             ]
             for name, at_values in products.items():
-                add(name, at_values)
+                add(name, at_values.cpu().numpy())
         gradient /= len(chunks)
         return gradient
 
-    def _adder(self, sums: dict[str, FloatArray]) -> "Callable[[Product], None]":
+    def _adder(self, sums: dict[str, Any]) -> "Callable[[Product], None]":
         """Return what adds up the gradients at the weights of a layer, each in its shape."""
         import torch
+
+        device = self.student.device
 
         def add(product: "Product") -> None:
             if product.name not in self.knobs or product.gradient is None:
                 return
             shape = self.student.reference.tensors[product.name].shape
-            total = sums.setdefault(product.name, np.zeros(shape, np.float32))
-            part = total.reshape(-1, *shape[-2:])[product.matrix]
-            outer = torch.from_numpy(product.gradient).T, torch.from_numpy(product.inputs)
-            torch.from_numpy(part).addmm_(*outer)
+            if product.name not in sums:
+                sums[product.name] = torch.zeros(shape, device=device)
+            gradient, inputs = (
+                torch.from_numpy(part).to(device) for part in (product.gradient, product.inputs)
+            )
+            total = sums[product.name].view(-1, *shape[-2:])[product.matrix]
+            total.addmm_(gradient.T, inputs)
 
         return add
 
@@ -377,8 +387,13 @@ class _Tuner:
 
     def _n_kept(self) -> int:
         """Return how many layers in float32 fit into a quarter of the free memory."""
+        from edgeq.layerwise import free_bytes_on
+
         largest = max(_layer_bytes(self.student, n) for n in range(self.student.n_layers))
-        return max(1, int(_MEMORY_FRACTION * free_bytes(unknown=1 << 32)) // largest)
+        device = self.student.device
+        is_cpu = device.type == "cpu"
+        free = free_bytes(unknown=1 << 32) if is_cpu else free_bytes_on(device)
+        return max(1, int(_MEMORY_FRACTION * free) // largest)
 
     @functools.cached_property
     def wanted(self) -> list[FloatArray]:

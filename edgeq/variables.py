@@ -10,6 +10,7 @@ from edgeq.registry import unknown_name
 
 PREFIX = "EDGEQ_"
 VARIABLES = {
+    "EDGEQ_DEVICE": "device of torch that --tune computes on: cpu, cuda, cuda:N",
     "EDGEQ_ISA": "highest instruction set of the kernels: avx512, avx_vnni, avx2, neon, portable",
     "EDGEQ_KERNELS": "family of the kernels: dot, lookup (where there is one) or auto",
 }

@@ -132,6 +132,10 @@ def test_experts_have_moments_each(tmp_path: Path) -> None:
     of_one = 4 * (512**2 + 1024**2)  # gate and up share theirs
     assert plain.moments_bytes == attention + of_one
     assert experts.moments_bytes == attention + 16 * of_one
+    more = found(tmp_path, model(2, n_experts=16), fisher=0.0, asymmetric=0.5)
+    assert more.moments_bytes == 2 * experts.moments_bytes
+    states = 4 * 32 * 512 * 512  # of the float model; the moments of experts lie in files
+    assert more.memory["rounding"] - experts.memory["rounding"] == states + attention
     assert "n_in²" in experts.as_text()
     assert "n_in²" not in plain.as_text()
 

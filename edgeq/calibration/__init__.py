@@ -41,6 +41,7 @@ def collect(
     datasets: Sequence[str] = (),
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    directory: Path | None = None,
 ) -> Statistics:
     """Run the model on a text and sum up the inputs of its weights.
 
@@ -57,6 +58,7 @@ def collect(
     datasets : names of the texts, to be stored
     n_threads : default: every CPU of this process
     progress : called with (chunks done, chunks in all)
+    directory : for second moments of experts, see ``Collector``
 
     Raises
     ------
@@ -65,8 +67,10 @@ def collect(
         activations are not finite on it.
     RuntimeLibraryError
         llama.cpp refuses the model.
+    RecipeError
+        There is no room in `directory`.
     """
-    collector = Collector(hessians=hessians)
+    collector = Collector(hessians=hessians, directory=directory)
     observer = Observer(collector.add, output_tensor=output_tensor)
     if not isinstance(text, str) and text.ndim == 2:
         chunk = text.shape[1]

@@ -1,6 +1,7 @@
 """Sums over the inputs of every weight product that an ``Observer`` shows."""
 
 import contextlib
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.imatrix import Imatrix
+from edgeq.calibration.scratch import zeros_in_file
 from edgeq.calibration.statistics import FloatArray, Statistics
 from edgeq.errors import CalibrationError
 from edgeq.runtime.observer import MIN_ROWS, ProductInput
@@ -52,6 +54,8 @@ class Collector:
     hessians : collect second moments: of all weights, or of the named ones
     hessian_bytes : most bytes that the second moments may take; default: 80 % of the memory that is
         free now
+    directory : where the second moments of stacked weights (experts) lie in files, which do not
+        count as memory; None: in memory
 
     Notes
     -----
@@ -61,9 +65,14 @@ class Collector:
     """
 
     def __init__(
-        self, *, hessians: bool | Collection[str] = False, hessian_bytes: int | None = None
+        self,
+        *,
+        hessians: bool | Collection[str] = False,
+        hessian_bytes: int | None = None,
+        directory: Path | None = None,
     ) -> None:
         self._wanted = hessians
+        self._directory = directory
         if hessian_bytes is None:
             hessian_bytes = int(_MEMORY_FRACTION * free_bytes(unknown=1 << 62))
         self._bytes_left = hessian_bytes
@@ -151,18 +160,23 @@ class Collector:
 
     def _add_moments(self, first: str, product: ProductInput) -> None:
         if first not in self._hessians:
-            shape = (product.n_mat, product.n_in, product.n_in)
-            size = 4 * product.n_mat * product.n_in**2
-            self._bytes_left -= size
-            if self._bytes_left < 0:
-                raise CalibrationError(
-                    f"{product.name}: its second moments {shape} take {size / 2**20:.0f} MiB; "
-                    f"{-self._bytes_left / 2**20:.0f} MiB more than may be used. Collect them for "
-                    "fewer tensors at a time, or free memory."
-                )
-            self._hessians[first] = np.zeros(shape, np.float32)
+            self._hessians[first] = self._zeros(product)
         for matrix, rows in product.by_matrix():
             self._hessians[first][matrix] += rows.T @ rows  # numpy calls syrk: half of a product
+
+    def _zeros(self, product: ProductInput) -> FloatArray:
+        shape = (product.n_mat, product.n_in, product.n_in)
+        if self._directory is not None and product.n_mat > 1:
+            return zeros_in_file(shape, self._directory)
+        size = 4 * math.prod(shape)
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise CalibrationError(
+                f"{product.name}: its second moments {shape} take {size / 2**20:.0f} MiB; "
+                f"{-self._bytes_left / 2**20:.0f} MiB more than may be used. Collect them for "
+                "fewer tensors at a time, or free memory."
+            )
+        return np.zeros(shape, np.float32)
 
 
 def _sums_of(product: ProductInput) -> tuple[npt.NDArray[np.float64], ...]:

@@ -8,6 +8,7 @@ of the float model: for models that torch cannot run.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from converters.gguf_file import layer_of
 from edgeq.calibration.fisher import TokenWeights
+from edgeq.calibration.scratch import zeros_in_file
 from edgeq.calibration.statistics import FloatArray, Statistics
 from edgeq.runtime.model import Tokens
 
@@ -162,6 +164,7 @@ class LayerwiseMoments:
     strength : 0 to 1, of `weights`: w = 1 − strength + strength · s / mean(s)
     sequential : inputs come through the quantized layers before
     asymmetric : also collect ``Moments.cross``; needs `sequential`
+    directory : where the moments of stacked weights (experts) lie in files; None: in memory
     """
 
     def __init__(
@@ -173,10 +176,12 @@ class LayerwiseMoments:
         strength: float = 1.0,
         sequential: bool = True,
         asymmetric: bool = False,
+        directory: Path | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._strength = strength
+        self._directory = directory
         self.is_sequential = sequential
         self._hidden = model.embed(tokens)
         self._float = list(self._hidden) if sequential and asymmetric else None
@@ -254,7 +259,7 @@ class LayerwiseMoments:
                 sums[product.name] = first
             else:
                 n_groups = 1 if weights is None else len(weights)
-                sums[product.name] = _Sums(product.name, shape, n_groups)
+                sums[product.name] = _Sums(product.name, shape, n_groups, self._directory)
         one = sums[product.name]
         if one.name != product.name:
             return  # the very same inputs and weights
@@ -300,16 +305,24 @@ class _Sums:
     actively for its next work, a layer took four times as long.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], n_groups: int) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, ...], n_groups: int, directory: Path | None
+    ) -> None:
         self.name = name
         self.is_plain = len(shape) == 2
         self.n_groups = n_groups
+        self._directory = None if self.is_plain else directory
         n_mat, n_in = (n_groups if self.is_plain else shape[0]), shape[-1]
-        self.hessian = np.zeros((n_mat, n_in, n_in), np.float32)
+        self.hessian = self._zeros((n_mat, n_in, n_in))
         self.cross: FloatArray | None = None
         self.total = np.zeros((n_mat, n_in), np.float32)
         self.mass = np.zeros(n_mat, np.float32)
         self.counts: npt.NDArray[np.int64] = np.zeros(n_mat, np.int64)
+
+    def _zeros(self, shape: tuple[int, ...]) -> FloatArray:
+        if self._directory is None:
+            return np.zeros(shape, np.float32)
+        return zeros_in_file(shape, self._directory)
 
     def is_for(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of that shape, with the same inputs, has these moments."""
@@ -334,7 +347,7 @@ class _Sums:
         _add_product(self.hessian[matrix], inputs, inputs, on_each)
         if exact is not None:
             if self.cross is None:
-                self.cross = np.zeros_like(self.hessian)
+                self.cross = self._zeros(self.hessian.shape)
             _add_product(self.cross[matrix], exact - inputs, inputs, on_each)
 
     def moments(self) -> Moments:
@@ -353,10 +366,12 @@ class _Sums:
             return Moments(np.multiply(self.hessian, twice, out=self.hessian), cross, mean, mass)
         few = np.float32(n_in)
         pooled = self.hessian.sum(axis=0) * np.float32(2 / max(int(self.counts.sum()), 1))
-        shrunk = np.multiply(self.hessian, 2, out=self.hessian)
-        shrunk += few * pooled
-        shrunk /= counts + few
-        return Moments(shrunk, cross)
+        pooled *= few
+        for mine, n in zip(self.hessian, counts + few, strict=True):  # each is read once
+            mine *= 2
+            mine += pooled
+            mine /= n
+        return Moments(self.hessian, cross)
 
 
 def _add_product(total: FloatArray, left: FloatArray, right: FloatArray, on_each: "OnEach") -> None:

@@ -119,7 +119,7 @@ class Forecast:
             f"largest layer in float32 {self.largest_bytes:,}, its moments {self.moments_bytes:,}",
         ]
         if outline.n_used:
-            lines.append("           moments: n_in² × 4 bytes for each expert of a layer")
+            lines.append("           moments: n_in² × 4 bytes for each expert of a layer, in files")
         header, speedups = ["step", "1 process"], [1.0]
         if self.n_jobs > 1:
             header += [f"{self.n_jobs} processes here", f"{self.n_jobs} machines like this"]

@@ -19,7 +19,7 @@ from edgeq.quantizers.gptq import Gptq
 from edgeq.recipe import Recipe
 from edgeq.transforms.search import GRIDS
 
-_JUDGED_ROWS = 128  # of a matrix, in the search for folds and in cheap costs
+JUDGED_ROWS = 128  # of a matrix, in the search for folds and in cheap costs
 _DUAL_STEPS = 6
 _BATCH = 64  # sequences that a model writes at once
 _PASSES = 12  # over a weight-sized array: unpacking, decoding, copies
@@ -130,6 +130,10 @@ class Amounts:
             for one in self.distinct(tensors)
         )
         return once * (2 if self.method.asymmetric > 0 else 1)
+
+    def filed_bytes(self, tensors: Sequence[Tensor]) -> int:
+        """Return how many of these lie in files of the work directory: those of experts."""
+        return self.moments_bytes([one for one in tensors if one.n_mat > 1])
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -255,7 +259,7 @@ class Amounts:
     def thinned(self, one: Tensor, qtype: GGMLQuantizationType) -> float:
         """Return seconds to round some rows of every matrix and to weigh their errors."""
         m = self.machine
-        rows = min(_JUDGED_ROWS, one.n_weights // one.n_mat // one.n_in)
+        rows = min(JUDGED_ROWS, one.n_weights // one.n_mat // one.n_in)
         per_weight = m.encode[qtype] + 2 * one.n_in / m.numpy_flops + _PASSES * m.element
         return one.n_mat * rows * one.n_in * per_weight
 

@@ -5,7 +5,7 @@ import math
 from converters.gguf_file import tensor_bytes
 from edgeq.costing import FISHER_CHUNKS, padded
 from edgeq.evaluation.references import REPACKED_BYTES
-from edgeq.forecast.amounts import Amounts
+from edgeq.forecast.amounts import JUDGED_ROWS, Amounts
 from edgeq.forecast.outline import Tensor
 from edgeq.forecast.targets import estimator_of
 from edgeq.measuring import PATCHABLE
@@ -14,6 +14,7 @@ from edgeq.quantizers.gptq import SLICE
 _UBATCH = 512
 _LOGIT_COPIES = 4  # float32 and float64 of a chunk's logits, theirs and ours
 _ROW_BYTES = 40  # a weight: float32 and codes of the nearest, the fed back, the best; errors
+_SEARCH_COPIES = 14  # of the rows of one stack of experts that folds are searched on
 _HEAD_BYTES = 1 << 27  # of logits that torch computes at once, for each chunk
 _HEAD_COPIES = 3  # of these: logits, their probabilities, sums of them to draw from
 
@@ -21,8 +22,8 @@ _HEAD_COPIES = 3  # of these: logits, their probabilities, sums of them to draw 
 def peak_bytes(amounts: Amounts) -> dict[str, int]:
     """Return the anonymous memory of each part of the walk; the largest is the peak.
 
-    Files that are mapped (the weights in llama.cpp, the reference) are the page cache's and not
-    counted; weights that llama.cpp rearranges for the CPU are.
+    Files that are mapped (the weights in llama.cpp, the reference, second moments of experts) are
+    the page cache's and not counted; weights that llama.cpp rearranges for the CPU are.
     """
     outline, base = amounts.outline, amounts.machine.base_bytes
     vocabulary, n_embd = outline.embedding.shape
@@ -45,7 +46,7 @@ def peak_bytes(amounts: Amounts) -> dict[str, int]:
     layers = list(amounts.layers.values())
     for tensors in layers:
         weights = 4 * amounts.weights(tensors)
-        moments = amounts.moments_bytes(tensors)
+        moments = amounts.moments_bytes(tensors) - amounts.filed_bytes(tensors)
         products = 4 * amounts.n_ctx * sum(t.n_in for t in tensors if t.is_matrix and t.n_mat == 1)
         seen = base + model + 2 * hidden + weights + moments + 2 * products
         passed = base + model + 2 * hidden + 2 * weights
@@ -84,6 +85,9 @@ def _rounding(amounts: Amounts, tensors: list[Tensor]) -> int:
         if amounts.feeds_back:  # on some rows at a time; second moments in doubles
             work = 4 * matrix + _ROW_BYTES * min(matrix, SLICE) + 8 * one.n_in**2
         most = max(most, whole + work)
+        if amounts.method.transforms and one.n_mat > 1:  # gate and up are searched together
+            rows = min(matrix, JUDGED_ROWS * one.n_in)
+            most = max(most, _SEARCH_COPIES * 4 * one.n_mat * rows)
     return packed + most
 
 
@@ -112,6 +116,11 @@ def disk_bytes(amounts: Amounts) -> int:
             most = max(most, padded(outline.reference_bytes))
     if recipe.baseline:
         total += outline.output_bytes
-    if amounts.recipe.jobs > 1 and amounts.uses_moments:
-        most = max(most, max(amounts.moments_bytes(ts) for ts in amounts.layers.values()))
+    if amounts.uses_moments:
+        shares = amounts.recipe.jobs > 1  # workers read copies
+        moments = (
+            amounts.filed_bytes(ts) + (amounts.moments_bytes(ts) if shares else 0)
+            for ts in amounts.layers.values()
+        )
+        most = max(most, *moments)
     return total + most

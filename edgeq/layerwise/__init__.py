@@ -20,7 +20,18 @@ except ImportError as error:
 
 from edgeq.layerwise.agreement import check_agrees
 from edgeq.layerwise.concurrent import one_thread_each
+from edgeq.layerwise.device import chosen_device, free_bytes_on, memory_of
 from edgeq.layerwise.model import Layer, LayerwiseModel
 from edgeq.layerwise.products import Product, fast_dtype
 
-__all__ = ["Layer", "LayerwiseModel", "Product", "check_agrees", "fast_dtype", "one_thread_each"]
+__all__ = [
+    "Layer",
+    "LayerwiseModel",
+    "Product",
+    "check_agrees",
+    "chosen_device",
+    "fast_dtype",
+    "free_bytes_on",
+    "memory_of",
+    "one_thread_each",
+]

@@ -35,10 +35,12 @@ class LayerwiseModel:
     ----------
     reference : the GGUF file
     n_layers, n_embd, n_vocab : sizes
+    device : ``torch.device`` that holds the weights and computes; arrays go there and come back
     """
 
     def __init__(self, shell: Shell) -> None:
         self.reference = shell.reference
+        self.device = shell.device
         self.n_layers: int = shell.config.num_hidden_layers
         self.n_embd: int = shell.config.hidden_size
         self.n_vocab: int = shell.config.vocab_size
@@ -47,7 +49,12 @@ class LayerwiseModel:
 
     @classmethod
     def open(
-        cls, reference: GgufFile, checkpoint: Path | None, *, n_threads: int | None = None
+        cls,
+        reference: GgufFile,
+        checkpoint: Path | None,
+        *,
+        n_threads: int | None = None,
+        device: Any = "cpu",
     ) -> "LayerwiseModel":
         """Return the model of a float GGUF file, with no layer in memory.
 
@@ -57,6 +64,7 @@ class LayerwiseModel:
         checkpoint : directory of the Hugging Face checkpoint, whose config.json says what the
             model is; None: the file's metadata say it
         n_threads : of torch, for the whole process; default: as it is
+        device : where torch computes, see ``chosen_device``; the same bytes again only on the CPU
 
         Raises
         ------
@@ -68,7 +76,7 @@ class LayerwiseModel:
         """
         if n_threads is not None:
             torch.set_num_threads(n_threads)
-        return cls(open_shell(reference, checkpoint))
+        return cls(open_shell(reference, checkpoint, torch.device(device)))
 
     def tensors(self, layer: int) -> list[str]:
         """Return the names in the file of everything that one layer holds, norms and biases too."""
@@ -132,7 +140,7 @@ class LayerwiseModel:
             seen: list[Seen] = []
             with torch.no_grad(), ProductMode([self._shell.head], rows, seen.append):
                 out[rows.start : rows.stop] = _to_numpy(
-                    self._shell.behind(_to_torch(hidden[rows.start : rows.stop]))
+                    self._shell.behind(self._to_torch(hidden[rows.start : rows.stop]))
                 )
             _report(seen, None, on_product)
         return out
@@ -171,7 +179,7 @@ class LayerwiseModel:
         casts = _casts_to(compute_dtype, self._casts)
         gradient = np.empty(hidden.shape, np.float32)
         for rows in self._slices(len(hidden)):
-            entering = _to_torch(hidden[rows.start : rows.stop]).requires_grad_(True)
+            entering = self._to_torch(hidden[rows.start : rows.stop]).requires_grad_(True)
             seen: list[Seen] = []
             with torch.enable_grad(), ProductMode([self._shell.head], rows, seen.append, casts):
                 logits = self._shell.behind(entering)
@@ -210,8 +218,9 @@ class LayerwiseModel:
         for rows in self._slices(len(hidden)):
             part = slice(rows.start, rows.stop)
             with torch.no_grad():
-                theirs = torch.log_softmax(teacher._shell.behind(_to_torch(wanted[part])), dim=-1)
-            entering = _to_torch(hidden[part]).requires_grad_(True)
+                of_teacher = teacher._shell.behind(teacher._to_torch(wanted[part]))
+                theirs = torch.log_softmax(of_teacher.to(self.device), dim=-1)
+            entering = self._to_torch(hidden[part]).requires_grad_(True)
             with torch.enable_grad(), _with_gradients(vectors):
                 logits = self._shell.behind(entering)
                 ours = torch.log_softmax(logits.detach(), dim=-1)
@@ -247,7 +256,12 @@ class LayerwiseModel:
         for weight in self._shell.vectors:
             for origin in weight.origins:
                 if origin.name == name:
-                    fill(weight.parameter.numpy(), origin, values)
+                    changed = weight.parameter.detach().cpu()
+                    fill(changed.numpy(), origin, values)
+                    weight.parameter.copy_(changed)
+
+    def _to_torch(self, array: FloatArray) -> Any:
+        return _to_torch(array, self.device)
 
     def _slices(self, n_tokens: int) -> Iterator[range]:
         """Yield the tokens whose logits are computed at a time."""
@@ -287,7 +301,7 @@ class Layer:
         """
         with torch.no_grad():
             if on_product is None:
-                return _to_numpy(self._forward(_to_torch(hidden)))
+                return _to_numpy(self._forward(self._to_torch(hidden)))
             report = on_product
             names: set[str] = set()
 
@@ -297,7 +311,7 @@ class Layer:
                     report(product)
 
             with ProductMode(self._weights, range(len(hidden)), on_seen):
-                out = _to_numpy(self._forward(_to_torch(hidden)))
+                out = _to_numpy(self._forward(self._to_torch(hidden)))
         self._check_seen(names)
         return out
 
@@ -324,7 +338,7 @@ class Layer:
         -------
         (n_tokens, n_embd) float32
         """
-        entering = _to_torch(hidden).requires_grad_(True)
+        entering = self._to_torch(hidden).requires_grad_(True)
         seen: list[Seen] = []
         vectors = [] if on_vector is None else self._vectors
         casts = _casts_to(compute_dtype, self._casts)
@@ -336,7 +350,7 @@ class Layer:
             at_hidden, *others = torch.autograd.grad(
                 leaving,
                 [entering, *outputs, *(one.parameter for one in vectors)],
-                _to_torch(gradient),
+                self._to_torch(gradient),
                 allow_unused=True,
             )
         if on_vector is not None:
@@ -345,6 +359,9 @@ class Layer:
             _report(seen, others[: len(outputs)], on_product)
             self._check_seen({origin.name for one in seen for origin in one.weight.origins})
         return _to_numpy(at_hidden)
+
+    def _to_torch(self, array: FloatArray) -> Any:
+        return _to_torch(array, self._shell.device)
 
     def _forward(self, hidden: Any) -> Any:
         args, kwargs = self._shell.calls(len(hidden))[self.number]
@@ -371,7 +388,7 @@ def _drawn_gradient(logits: Any, generator: Any) -> Any:
     """
     p = torch.softmax(logits, dim=-1)
     total = p.cumsum(dim=-1)
-    u = torch.rand((len(p), 1), generator=generator) * total[:, -1:]
+    u = torch.rand((len(p), 1), generator=generator).to(p.device) * total[:, -1:]
     drawn = torch.searchsorted(total, u, right=True).clamp_(max=p.shape[-1] - 1)
     return p.scatter_add_(1, drawn, torch.full_like(u, -1.0))
 
@@ -402,10 +419,10 @@ def _report(
             on_product(product)
 
 
-def _to_torch(array: FloatArray) -> Any:
-    return torch.tensor(np.ascontiguousarray(array, np.float32))
+def _to_torch(array: FloatArray, device: Any) -> Any:
+    return torch.tensor(np.ascontiguousarray(array, np.float32), device=device)
 
 
 def _to_numpy(tensor: Any) -> FloatArray:
-    out: FloatArray = tensor.detach().contiguous().numpy()
+    out: FloatArray = tensor.detach().cpu().contiguous().numpy()
     return out

@@ -102,7 +102,7 @@ def report_vectors(
 
 
 def _array(tensor: Any) -> FloatArray:
-    return np.ascontiguousarray(tensor.detach().numpy())
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
 
 
 def fast_dtype() -> Any:
@@ -210,7 +210,7 @@ class ProductMode(TorchFunctionMode):  # type: ignore[misc]
         """Return the tokens of an expert's rows: as selected, or as of its product before."""
         selected, index = self._selected
         if inputs is selected:
-            self._by_expert[expert] = index.numpy()
+            self._by_expert[expert] = index.cpu().numpy()
         positions = self._by_expert.get(expert)
         if positions is None or len(positions) != n_rows:
             raise CalibrationError(

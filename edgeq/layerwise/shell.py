@@ -36,6 +36,7 @@ class Shell:
     reference : the file that the weights come from
     model : transformers' model on the meta device
     origins : of its parameters
+    device : where the weights go when they are read, and where everything is computed
 
     Attributes
     ----------
@@ -44,9 +45,14 @@ class Shell:
     """
 
     def __init__(
-        self, reference: GgufFile, model: Any, origins: Mapping[str, tuple[Origin, ...]]
+        self,
+        reference: GgufFile,
+        model: Any,
+        origins: Mapping[str, tuple[Origin, ...]],
+        device: Any,
     ) -> None:
         self.reference = reference
+        self.device = device
         self.config = model.config
         self._model = model
         self._origins = origins
@@ -91,7 +97,7 @@ class Shell:
         self._calls = []
         self._n_tokens = len(tokens)
         with torch.no_grad():
-            self._model.base_model(input_ids=tokens[None], use_cache=False)
+            self._model.base_model(input_ids=tokens[None].to(self.device), use_cache=False)
         if len(self._calls) != len(self._layers):
             raise CalibrationError(
                 f"{self.reference.path}: {type(self._model).__name__} ran {len(self._calls)} of "
@@ -109,7 +115,7 @@ class Shell:
         """Return the logits, (n_tokens, n_vocab), of what leaves the last layer."""
         self._behind.leaving = hidden[None]
         try:
-            tokens = torch.zeros((1, len(hidden)), dtype=torch.int64)
+            tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=self.device)
             return self._model(input_ids=tokens, use_cache=False).logits[0]
         finally:
             self._behind.leaving = None
@@ -155,7 +161,7 @@ class Shell:
         for origin in origins:
             values = replaced.get(origin.name)
             fill(out, origin, self.reference.read_float(origin.name) if values is None else values)
-        return torch.nn.Parameter(torch.from_numpy(out), requires_grad=False)
+        return torch.nn.Parameter(torch.from_numpy(out).to(self.device), requires_grad=False)
 
     def _make_buffers(self, path: str, module: Any) -> None:
         """Compute the buffers of one module, such as rotary frequencies, that no file holds."""
@@ -178,9 +184,11 @@ class Shell:
         divisors = "rope_freqs.weight"  # llama 3's scaling, which metadata do not describe
         if divisors in self.reference.tensors and getattr(module, "rope_type", "") == "default":
             module.inv_freq /= torch.tensor(self.reference.read_float(divisors))
+        for name in empty:
+            setattr(module, name, getattr(module, name).to(self.device))
 
 
-def open_shell(reference: GgufFile, checkpoint: Path | None) -> Shell:
+def open_shell(reference: GgufFile, checkpoint: Path | None, device: Any) -> Shell:
     """Return the shell of a GGUF file's model; see ``LayerwiseModel.open``."""
     config = read_configuration(reference, checkpoint)
     has_caps = getattr(config, "attn_logit_softcapping", None) is not None  # sdpa forgets them
@@ -211,7 +219,8 @@ def open_shell(reference: GgufFile, checkpoint: Path | None) -> Shell:
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     plain = settings(model.config.to_dict(), architecture)
     output = output_name(model)
-    return Shell(reference, model, origins_of(shapes, reference, architecture, plain, output))
+    origins = origins_of(shapes, reference, architecture, plain, output)
+    return Shell(reference, model, origins, device)
 
 
 def _find_layers(model: Any, n_layers: int) -> tuple[str, Any]:

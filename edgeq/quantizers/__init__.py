@@ -3,11 +3,12 @@
 A name may carry settings: ``gptq:order=natural,sweeps=0`` is ``Gptq(order="natural", sweeps=0)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
 from edgeq.errors import CalibrationError, RegistryError
@@ -17,6 +18,7 @@ from edgeq.runtime.encoders import FloatArray, Packed
 __all__ = [
     "QUANTIZERS",
     "Inputs",
+    "Matrices",
     "Quantizer",
     "Rounded",
     "importances_of",
@@ -35,6 +37,27 @@ QUANTIZERS = Registry(
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
+class Matrices(Protocol):
+    """Second moments, (n_mat, n_in, n_in) float32: an array, or what makes one matrix at a time.
+
+    All matrices of a layer's experts are gigabytes, so take one after the other; ``np.asarray``
+    has them all.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n_mat, n_in, n_in)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __array__(self) -> npt.NDArray[Any]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What is known about the inputs of one weight.
@@ -48,7 +71,7 @@ class Inputs:
     """
 
     importances: FloatArray | None = None
-    hessian: FloatArray | None = None
+    hessian: Matrices | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.lattice_formats import LATTICES
 from edgeq.errors import CalibrationError, RecipeError
-from edgeq.quantizers import Inputs, Rounded, lattice
+from edgeq.quantizers import Inputs, Matrices, Rounded, lattice
 from edgeq.quantizers.descent import lower_loss
 from edgeq.quantizers.factor import ORDERS, Factored, check_damping, error_bound, factor
 from edgeq.quantizers.feedback import (
@@ -191,7 +191,7 @@ def row_losses(error: FloatArray, hessian: FloatArray) -> FloatArray:
     return losses
 
 
-def check_moments(name: str, hessian: FloatArray, shape: tuple[int, ...]) -> None:
+def check_moments(name: str, hessian: Matrices, shape: tuple[int, ...]) -> None:
     """Refuse second moments that do not belong to a weight of this shape, or are not finite.
 
     Raises

@@ -13,6 +13,7 @@ from edgeq.transforms.proof import check_preserved, write_folded
 from edgeq.transforms.rotation import KINDS as ROTATIONS
 from edgeq.transforms.rotation import write_rotated
 from edgeq.transforms.scales import (
+    FoldedHessian,
     TensorScales,
     apply,
     fold_hessian,
@@ -28,6 +29,7 @@ __all__ = [
     "METHODS",
     "ROTATIONS",
     "FoldSite",
+    "FoldedHessian",
     "QuantizerLoss",
     "SiteChoice",
     "TensorScales",

@@ -1,9 +1,11 @@
 """What chosen fold scales amount to: multipliers of rows and columns, tensor by tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from converters.gguf_file import GgufFile
 from edgeq.errors import RecipeError
@@ -100,14 +102,23 @@ def apply(weight: FloatArray, scales: TensorScales) -> FloatArray:
     """
     if weight.ndim == scales.row.ndim:  # a norm or bias
         return weight * scales.row
-    return weight * (scales.row[..., :, None] * scales.column[..., None, :])
+    return _by_matrix(np.multiply, weight, scales)
 
 
 def unfold(weight: FloatArray, scales: TensorScales) -> FloatArray:
     """Return what ``apply`` was given, but for float32's rounding."""
     if weight.ndim == scales.row.ndim:  # a norm or bias
         return weight / scales.row
-    return weight / (scales.row[..., :, None] * scales.column[..., None, :])
+    return _by_matrix(np.divide, weight, scales)
+
+
+def _by_matrix(operate: np.ufunc, weight: FloatArray, scales: TensorScales) -> FloatArray:
+    """Return a weight with its multipliers applied; those of one matrix at a time are in memory."""
+    out = np.empty_like(weight)
+    for at in np.ndindex(weight.shape[:-2]):
+        row, column = scales.row[at], scales.column[at]
+        operate(weight[at], row[:, None] * column[None, :], out=out[at])
+    return out
 
 
 def fold_importances(importances: FloatArray, scales: TensorScales) -> FloatArray:
@@ -125,6 +136,35 @@ def fold_hessian(hessian: FloatArray, scales: TensorScales) -> FloatArray:
     """
     column = scales.column if hessian.ndim == 2 else np.atleast_2d(scales.column)
     return hessian / (column[..., :, None] * column[..., None, :])
+
+
+class FoldedHessian:
+    """The same of experts, each matrix made when it is asked for; ``edgeq.quantizers.Matrices``.
+
+    Parameters
+    ----------
+    hessian : (n_mat, n_in, n_in) float32, before folding
+    """
+
+    def __init__(self, hessian: FloatArray, scales: TensorScales) -> None:
+        self.shape = hessian.shape
+        self._hessian = hessian
+        self._columns = np.broadcast_to(np.atleast_2d(scales.column), hessian.shape[:2])
+
+    def __len__(self) -> int:
+        return len(self._hessian)
+
+    def __getitem__(self, number: int) -> FloatArray:
+        column = self._columns[number]
+        folded: FloatArray = self._hessian[number] / (column[:, None] * column[None, :])
+        return folded
+
+    def __iter__(self) -> Iterator[FloatArray]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Return all of them."""
+        return np.asarray(np.stack(list(self)), dtype)
 
 
 def nearest_powers_of_two(scales: FloatArray) -> FloatArray:
