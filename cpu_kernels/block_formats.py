@@ -96,6 +96,11 @@ class BlockFormat:
         return int(GGML_QUANT_SIZES[self.qtype][1])
 
     @property
+    def is_ternary(self) -> bool:
+        """Whether a weight is minus its scale, zero, or its scale."""
+        return len(self.levels) == 3
+
+    @property
     def has_offset(self) -> bool:
         """Whether a group has an offset."""
         return not isinstance(self.super_offset, Absent)

@@ -19,9 +19,10 @@ from edgeq.quantizers.feedback import (
     batched,
     feed_back_and_search,
     feed_back_errors,
+    with_ternary_scales,
 )
 from edgeq.quantizers.gptq import Gptq
-from edgeq.runtime.encoders import encode
+from edgeq.runtime.encoders import decode, encode
 
 T = GGMLQuantizationType
 EVERY = pytest.mark.parametrize("qtype", FORMATS, ids=lambda qtype: qtype.name)
@@ -465,3 +466,30 @@ def test_memory_does_not_grow_with_the_rows_of_a_matrix(monkeypatch):
 
     peak(64)  # compiles
     assert peak(1024) < 1.1 * peak(256)
+
+
+@pytest.mark.parametrize("qtype", [T.TQ1_0, T.TQ2_0])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_ternary_scales_are_least_squares(qtype, seed):
+    """Against a fine search of one block's scale; ggml's own are its largest weight."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_t(4, (3, 512)).astype(np.float32)
+    weight[1, :256] = 0
+    importances = rng.uniform(0.1, 10, 512).astype(np.float32)
+    start = Rounding.of(FORMATS[qtype], encode(weight, qtype))
+    found = with_ternary_scales(start, weight, importances)
+    np.testing.assert_array_equal(decode(found.packed(), qtype), found.values)
+
+    def errors(values):
+        return (importances * np.square(values - weight)).reshape(3, 2, 256).sum(axis=2)
+
+    largest = np.abs(weight).reshape(3, 2, 256).max(axis=2)
+    best = np.full((3, 2), np.inf)
+    for part in np.linspace(0.02, 1, 300):
+        scale = np.repeat(part * largest, 256, axis=1)
+        codes = np.clip(np.rint(weight / np.maximum(scale, 1e-30)), -1, 1)
+        best = np.minimum(best, errors(scale * codes))
+    assert (errors(found.values) <= 1.02 * best + 1e-6).all()
+    assert (errors(found.values) <= errors(start.values)).all()
+    assert not found.values[1, :256].any()

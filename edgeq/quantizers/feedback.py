@@ -18,6 +18,8 @@ Codes = npt.NDArray[np.uint8]
 Columns = npt.NDArray[np.intp]
 
 _BATCH = 256  # columns: one super-block
+_TERNARY_PARTS = np.linspace(0.1, 1, 19, dtype=np.float32)  # of a block's largest weight
+_TINY = np.float32(1e-30)
 
 
 @dataclass(eq=False)
@@ -72,6 +74,38 @@ def level_step(fmt: BlockFormat) -> np.float32:
     """Return the distance of a format's levels if they are even, else 0."""
     distances = np.diff(fmt.levels)
     return np.float32(distances[0] if np.ptp(distances) == 0 else 0)
+
+
+def with_ternary_scales(start: Rounding, weight: FloatArray, importances: FloatArray) -> Rounding:
+    """Return the scales, and the nearest codes, with the least squared error of each block.
+
+    ggml takes the largest weight of a ternary block as its scale, which sets most others to zero.
+
+    Parameters
+    ----------
+    start : of a ternary format, with ggml's scales; nothing else of it is used
+    weight : (n_out, n_in) float32
+    importances : (n_in,) float32, what squared errors count
+    """
+    fmt = start.fmt
+    blocks = weight.reshape(len(weight), -1, fmt.block_size)
+    counts = importances.reshape(-1, fmt.block_size)
+    largest, best = start.fields.super_scale, start.fields.super_scale.copy()
+    least = np.full_like(best, np.inf)
+    for part in _TERNARY_PARTS:
+        scale = (part * largest)[..., None]
+        codes = np.where(np.abs(blocks) > scale / 2, np.sign(blocks), np.float32(0))
+        weights = counts * np.abs(codes)
+        square = np.maximum(weights.sum(axis=-1), _TINY)
+        fitted = fmt.snap_super_scale((weights * np.abs(blocks)).sum(axis=-1) / square)
+        error = np.einsum("rbi,bi->rb", np.square(blocks - fitted[..., None] * codes), counts)
+        better = error < least
+        best[better], least[better] = fitted[better], error[better]
+    fields = replace(start.fields, super_scale=best)
+    scale, _ = fmt.grid(fields)
+    above = np.abs(blocks) > np.abs(scale)[..., None] / 2
+    codes = np.where(above, np.sign(blocks) + 1, 1).astype(np.uint8).reshape(weight.shape)
+    return Rounding(fmt, fields, codes, fmt.decode(fields, codes))
 
 
 def batch_size(fmt: BlockFormat, n_in: int) -> int:

@@ -25,6 +25,7 @@ from edgeq.quantizers.feedback import (
     batched,
     feed_back_and_search,
     feed_back_errors,
+    with_ternary_scales,
 )
 from edgeq.quantizers.lattice import LatticeRounding
 from edgeq.registry import unknown_name
@@ -44,8 +45,8 @@ class Gptq:
     ----------
     order : in which columns are rounded: ``activation``, ``natural``, ``back-to-front``,
         ``min-pivot``; the file's order is not touched
-    search : ``static`` scales, those of round-to-nearest with the importances, or searched again
-        for each ``batch`` of compensated columns
+    search : ``static`` scales, those of round-to-nearest with the importances (of ternary types
+        least squares), or searched again for each ``batch`` of compensated columns
     feedback : False: start the descent from round-to-nearest
     dampening_frac : added to the Hessian's diagonal, as a fraction of its mean
     shrinkage : of the Hessian towards its diagonal, 0 to 1
@@ -157,9 +158,12 @@ class Gptq:
     ) -> Packed:
         """Return rows that are nowhere worse than those given, which are rounded to nearest."""
         nearest = _unpacked(qtype, packed)
+        importances = np.ascontiguousarray(np.diagonal(factored.hessian))
         rounding = nearest
+        if isinstance(nearest, Rounding) and nearest.fmt.is_ternary:
+            rounding = with_ternary_scales(nearest, weight, importances)
         if self.feedback:
-            rounding = self._feed_back(weight, factored, nearest, n_threads)
+            rounding = self._feed_back(weight, factored, rounding, importances, n_threads)
         rounding = rounding.copy()
         for _ in range(self.sweeps):
             settings: dict[str, Any] = {"reach": self.reach, "refits": self.refit}
@@ -175,14 +179,18 @@ class Gptq:
         return kept.packed()
 
     def _feed_back(
-        self, weight: FloatArray, factored: Factored, nearest: AnyRounding, n_threads: int | None
+        self,
+        weight: FloatArray,
+        factored: Factored,
+        start: AnyRounding,
+        importances: FloatArray,
+        n_threads: int | None,
     ) -> AnyRounding:
-        if isinstance(nearest, LatticeRounding):
-            return lattice.feed_back_errors(nearest, weight, factored)
-        if self.search == "static":
-            return feed_back_errors(nearest, weight, factored)
-        importances = np.ascontiguousarray(np.diagonal(factored.hessian))
-        return feed_back_and_search(nearest, weight, factored, importances, n_threads=n_threads)
+        if isinstance(start, LatticeRounding):
+            return lattice.feed_back_errors(start, weight, factored)
+        if self.search == "static" or start.fmt.is_ternary:  # ggml searches no ternary scales
+            return feed_back_errors(start, weight, factored)
+        return feed_back_and_search(start, weight, factored, importances, n_threads=n_threads)
 
 
 def row_losses(error: FloatArray, hessian: FloatArray) -> FloatArray:
