@@ -31,7 +31,7 @@ from edgeq.allocation.knapsack import Knapsack
 from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import LayerwiseMoments
 from edgeq.errors import CalibrationError, RecipeError
-from edgeq.layer_rounding import thinned
+from edgeq.layer_rounding import JUDGED_ROWS, thinned
 from edgeq.measuring import Measurer, Types
 from edgeq.opening import UsedText
 from edgeq.quantizers import Quantizer
@@ -50,7 +50,6 @@ TYPES = (
 # fmt: on
 _TINY = 1e-30
 HEADER_RESERVE = 1 << 14  # bytes of what edgeq adds to the reference's header, beside the sketches
-_JUDGED_ROWS = 128  # of a matrix, evenly spread: cheap losses are estimated on these
 FISHER_CHUNKS = 8  # squared gradients of so many: more lower the error of a mean by little
 MEASURABLE = 1e11  # weights times tensors: SmolLM2-135M has 3e10, Gemma-3-270M 5e10
 SWAP_CHUNKS = 1  # of tuning text for one swap: its standard error is some 8 % of the divergence
@@ -240,7 +239,7 @@ class _Costing:
     ) -> tuple[Candidate, ...]:
         """Return the candidates of a tensor with losses from a sample of its rows."""
         shape = self.file.tensors[name].shape
-        weight = thinned(self.file.read_float(name), _JUDGED_ROWS)
+        weight = thinned(self.file.read_float(name), JUDGED_ROWS)
         n_rows = math.prod(shape[:-1])
         inputs = self.measurer.inputs(name, hessian)
         if self.estimator == "relative":

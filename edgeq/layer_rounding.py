@@ -33,7 +33,7 @@ from edgeq.transforms import (
 )
 from edgeq.workdir import save_arrays
 
-_JUDGED_ROWS = 128  # of a matrix: folds are searched on these
+JUDGED_ROWS = 128  # of a matrix: folds are searched, and cheap losses estimated, on these
 Importances = Mapping[str, FloatArray]
 Facts = dict[str, float | str]
 _Number = TypeVar("_Number", bound=np.generic)
@@ -197,7 +197,7 @@ class LayerRounding:
         )
         choice = search_scales(
             site,
-            {name: self._weight(name, _JUDGED_ROWS) for name in names},
+            {name: self._weight(name, JUDGED_ROWS) for name in names},
             loss=loss,
             importances=importances,
             hessians=hessians,

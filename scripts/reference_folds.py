@@ -119,15 +119,17 @@ def widen(tensors: Tensors, geometry: Geometry, n_embd: int, seed: int) -> Geome
     Raises
     ------
     ReferenceModelError
-        `n_embd` is not in (old, 2 * old] or not a whole number of groups of heads.
+        `n_embd` is not in (old, 2 * old], or silent heads would be no whole number of groups.
     """
     old = geometry.n_embd
     n_new, group = n_embd - old, geometry.n_head // geometry.n_head_kv
-    step = 1 if geometry.has_post_norms else group * geometry.head_dim
-    if not 0 < n_new <= old or n_embd % step:
+    step = group * geometry.head_dim
+    if not 0 < n_new <= old or (n_embd % step and not geometry.has_post_norms):
+        multiple = f"a multiple of {step} (a group of {group} heads)"
         raise ReferenceModelError(
-            f"--widen: cannot widen {old} channels to {n_embd}; expected a multiple of "
-            f"{step} (a group of {group} heads) up to {2 * old}. Choose another width."
+            f"--widen: cannot widen {old} channels to {n_embd}; expected "
+            f"{'more' if geometry.has_post_norms else multiple} up to {2 * old}. "
+            "Choose another width."
         )
     if geometry.has_post_norms:
         return _pad_residual(tensors, geometry, n_embd)

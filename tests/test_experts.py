@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_moments_of_experts(path, tmp_path, monkey
     """
     layers(path, tmp_path / "first", tmp_path)  # compiles, imports
     monkeypatch.setattr(tiny_gguf, "N_LAYERS", 1)
-    monkeypatch.setattr(layer_rounding, "_JUDGED_ROWS", 8)
+    monkeypatch.setattr(layer_rounding, "JUDGED_ROWS", 8)
     peaks = {}
     for n_experts in (4, 16):
         model = wide(tmp_path / f"{n_experts}.gguf", n_experts)

@@ -13,13 +13,13 @@ from gguf.constants import GGMLQuantizationType
 from converters.gguf_file import tensor_bytes
 from edgeq.forecast.machine import Machine
 from edgeq.forecast.outline import Outline, Tensor
+from edgeq.layer_rounding import JUDGED_ROWS
 from edgeq.opening import AUTO_CHUNKS
 from edgeq.quantizers import make_quantizer
 from edgeq.quantizers.gptq import Gptq
 from edgeq.recipe import Recipe
 from edgeq.transforms.search import GRIDS
 
-JUDGED_ROWS = 128  # of a matrix, in the search for folds and in cheap costs
 _DUAL_STEPS = 6
 _BATCH = 64  # sequences that a model writes at once
 _PASSES = 12  # over a weight-sized array: unpacking, decoding, copies

@@ -5,9 +5,10 @@ import math
 from converters.gguf_file import tensor_bytes
 from edgeq.costing import FISHER_CHUNKS, padded
 from edgeq.evaluation.references import REPACKED_BYTES
-from edgeq.forecast.amounts import JUDGED_ROWS, Amounts
+from edgeq.forecast.amounts import Amounts
 from edgeq.forecast.outline import Tensor
 from edgeq.forecast.targets import estimator_of
+from edgeq.layer_rounding import JUDGED_ROWS
 from edgeq.measuring import PATCHABLE
 from edgeq.quantizers.gptq import SLICE
 

@@ -18,7 +18,6 @@ Codes = npt.NDArray[np.uint8]
 Columns = npt.NDArray[np.intp]
 
 _BATCH = 256  # columns: one super-block
-_TERNARY_PARTS = np.linspace(0.1, 1, 19, dtype=np.float32)  # of a block's largest weight
 _TINY = np.float32(1e-30)
 
 
@@ -79,6 +78,7 @@ def level_step(fmt: BlockFormat) -> np.float32:
 def with_ternary_scales(start: Rounding, weight: FloatArray, importances: FloatArray) -> Rounding:
     """Return the scales, and the nearest codes, with the least squared error of each block.
 
+    For any scale, the weights above some size are those whose code is not zero; all are tried.
     ggml takes the largest weight of a ternary block as its scale, which sets most others to zero.
 
     Parameters
@@ -88,23 +88,17 @@ def with_ternary_scales(start: Rounding, weight: FloatArray, importances: FloatA
     importances : (n_in,) float32, what squared errors count
     """
     fmt = start.fmt
-    blocks = weight.reshape(len(weight), -1, fmt.block_size)
-    counts = importances.reshape(-1, fmt.block_size)
-    largest, best = start.fields.super_scale, start.fields.super_scale.copy()
-    least = np.full_like(best, np.inf)
-    for part in _TERNARY_PARTS:
-        scale = (part * largest)[..., None]
-        codes = np.where(np.abs(blocks) > scale / 2, np.sign(blocks), np.float32(0))
-        weights = counts * np.abs(codes)
-        square = np.maximum(weights.sum(axis=-1), _TINY)
-        fitted = fmt.snap_super_scale((weights * np.abs(blocks)).sum(axis=-1) / square)
-        error = np.einsum("rbi,bi->rb", np.square(blocks - fitted[..., None] * codes), counts)
-        better = error < least
-        best[better], least[better] = fitted[better], error[better]
-    fields = replace(start.fields, super_scale=best)
-    scale, _ = fmt.grid(fields)
-    above = np.abs(blocks) > np.abs(scale)[..., None] / 2
-    codes = np.where(above, np.sign(blocks) + 1, 1).astype(np.uint8).reshape(weight.shape)
+    sizes = np.abs(weight).reshape(len(weight), -1, fmt.block_size)
+    order = np.argsort(-sizes, axis=-1)
+    counts = np.take_along_axis(importances.reshape(1, -1, fmt.block_size), order, axis=-1)
+    products = np.cumsum(counts * np.take_along_axis(sizes, order, axis=-1), axis=-1)
+    masses = np.maximum(np.cumsum(counts, axis=-1), _TINY)
+    # with the largest k weights not zero, a scale of products / masses lowers the error by:
+    best = np.argmax(np.square(products) / masses, axis=-1)[..., None]
+    fitted = np.take_along_axis(products, best, axis=-1) / np.take_along_axis(masses, best, axis=-1)
+    fields = replace(start.fields, super_scale=fmt.snap_super_scale(fitted[..., 0]))
+    above = sizes > np.abs(fmt.grid(fields)[0])[..., None] / 2
+    codes = np.where(above.reshape(weight.shape), np.sign(weight) + 1, 1).astype(np.uint8)
     return Rounding(fmt, fields, codes, fmt.decode(fields, codes))
 
 

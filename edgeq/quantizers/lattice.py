@@ -4,12 +4,13 @@ As ``feedback`` and ``descent``, eight columns at a time. Scales start from ggml
 importance-weighted search; the points are chosen anew.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cpu_kernels.lattice_formats import UNIT, LatticeFormat, Points
-from cpu_kernels.lattice_rounding import descend_points, feed_back_points, halves_of
+from cpu_kernels.lattice_rounding import Halves, descend_points, feed_back_points, halves_of
 from edgeq.quantizers.factor import Factored
 from edgeq.quantizers.feedback import Columns
 from edgeq.runtime.encoders import FloatArray, Packed
@@ -86,8 +87,7 @@ def feed_back_errors(
     made = start.copy()
     indices = made.points.indices.reshape(len(weight), len(units), -1)
     left = np.ascontiguousarray(weight[:, order])
-    grid = _by_part(fmt)
-    halves = halves_of(grid, int(fmt.sign_rule))
+    grid, halves = _searched(fmt)
     for first in range(0, len(order), _BATCH):
         batch = slice(first, min(first + _BATCH, len(order)))
         now = np.ascontiguousarray(left[:, batch])
@@ -146,8 +146,7 @@ def lower_loss(
     """
     fmt, points = rounding.fmt, rounding.points
     size, per_block = fmt.block_size, fmt.block_size // fmt.group_size
-    grid = _by_part(fmt)
-    halves = halves_of(grid, int(fmt.sign_rule))
+    grid, halves = _searched(fmt)
     error = rounding.values - weight
     for block in range(weight.shape[1] // size):
         columns = slice(block * size, (block + 1) * size)
@@ -183,10 +182,12 @@ def lower_loss(
         error[:, columns] = rounding.values[:, columns] - weight[:, columns]
 
 
-def _by_part(fmt: LatticeFormat) -> FloatArray:
-    """Return the points as the kernels take them, (n_parts, point size, n_points of a part)."""
+@functools.cache
+def _searched(fmt: LatticeFormat) -> tuple[FloatArray, Halves]:
+    """Return the points as the kernels search them, (n_parts, point size, n_points), and halves."""
     parts = fmt.points.reshape(fmt.n_parts, -1, fmt.point_size)
-    return np.ascontiguousarray(parts.transpose(0, 2, 1))
+    grid = np.ascontiguousarray(parts.transpose(0, 2, 1))
+    return grid, halves_of(grid, int(fmt.sign_rule))
 
 
 def _cut(points: Points, block: int, size: int, per_block: int, point_size: int) -> Points:

@@ -134,8 +134,12 @@ def fold_hessian(hessian: FloatArray, scales: TensorScales) -> FloatArray:
     ----------
     hessian : (n_in, n_in) or (n_mat, n_in, n_in) float32
     """
-    column = scales.column if hessian.ndim == 2 else np.atleast_2d(scales.column)
-    return hessian / (column[..., :, None] * column[..., None, :])
+    return _divided(hessian, scales.column if hessian.ndim == 2 else np.atleast_2d(scales.column))
+
+
+def _divided(hessian: FloatArray, column: FloatArray) -> FloatArray:
+    divided: FloatArray = hessian / (column[..., :, None] * column[..., None, :])
+    return divided
 
 
 class FoldedHessian:
@@ -155,9 +159,7 @@ class FoldedHessian:
         return len(self._hessian)
 
     def __getitem__(self, number: int) -> FloatArray:
-        column = self._columns[number]
-        folded: FloatArray = self._hessian[number] / (column[:, None] * column[None, :])
-        return folded
+        return _divided(self._hessian[number], self._columns[number])
 
     def __iter__(self) -> Iterator[FloatArray]:
         return map(self.__getitem__, range(len(self)))
