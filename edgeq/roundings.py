@@ -104,8 +104,9 @@ class Roundings:
             moments = self._moments(texts.calibration)
         transforms = method.transforms if moments is not None else ()
         rules = self._rules(quantizer, transforms, method.asymmetric)
+        shapes = dataclasses.replace(method, tune_steps=0, is_verified=False)  # both come after
         about: dict[str, Any] = {
-            "method": dataclasses.asdict(method),
+            "method": dataclasses.asdict(shapes),
             "source": type(moments).__name__,
             "keeps_grids": rules.keeps_grids,
         }

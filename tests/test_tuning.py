@@ -178,6 +178,15 @@ def test_export_ships_tuned_scales_where_they_are_better(tiny, texts, tmp_path):
             assert np.array_equal(shipped.read_bytes(tensor).reshape(rows.shape), rows)
 
 
+def test_other_steps_keep_the_layers(tiny, texts, tmp_path, works):
+    short = ("--ctx", 64, "--chunks", 8, "--eval-chunks", 2, "--type", "Q4_0", "--no-prove")
+    command = ("export", tiny, tmp_path / "out.gguf", "--text", texts[0], *short)
+    for steps in (0, 8):
+        done(*command, "--tune", steps)
+    assert "layers/blk.0.safetensors" in works[0].made
+    assert {name.split("/")[0] for name in works[1].made} == {"tune", "verification.json"}
+
+
 def test_a_plain_quantizer_is_tuned_when_asked(tiny, texts, tmp_path):
     """PEQA: round-to-nearest, then the scales."""
     short = ("--ctx", 64, "--chunks", 8, "--eval-chunks", 2, "--type", "Q4_0")
