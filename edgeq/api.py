@@ -49,6 +49,7 @@ def export(
     transform: str = "auto",
     fisher: float | None = None,
     fisher_groups: int = 1,
+    output_feedback: bool | None = None,
     sequential: bool = True,
     asymmetric: float = 0.0,
     tune_steps: int | None = None,
@@ -86,8 +87,8 @@ def export(
     plan : follow this ``plan.json`` instead
     size_bytes, bpw, max_kld, max_ppl_ratio, min_tps : what the file has to be, instead of `preset`
     allocator, costs, speeds, types : who chooses types for that, by what, and among which
-    quantizer, effort, transform, fisher, fisher_groups, sequential, asymmetric, tune_steps : how
-        tensors are rounded, see ``edgeq.recipe.Recipe``
+    quantizer, effort, transform, fisher, fisher_groups, output_feedback, sequential, asymmetric,
+    tune_steps : how tensors are rounded, see ``edgeq.recipe.Recipe``
     imatrix : use this importance matrix; do not calibrate
     use_imatrix : False rounds without any calibration
     texts : calibration text, ``FILE`` or ``FILE@WEIGHT``; ``auto``: the model writes it
@@ -129,6 +130,7 @@ def export(
             effort=effort,
             fisher=fisher,
             fisher_groups=fisher_groups,
+            output_feedback=output_feedback,
             sequential=sequential,
             asymmetric=asymmetric,
             transform=transform,
@@ -172,6 +174,7 @@ def plan(
     effort: str = "default",
     transform: str = "auto",
     fisher: float | None = None,
+    output_feedback: bool | None = None,
     tune_steps: int | None = None,
     imatrix: File | None = None,
     use_imatrix: bool = True,
@@ -220,6 +223,7 @@ def plan(
         effort=effort,
         transform=transform,
         fisher=fisher,
+        output_feedback=output_feedback,
         tune_steps=tune_steps,
         imatrix=_path(imatrix),
         use_imatrix=use_imatrix,

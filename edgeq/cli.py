@@ -104,6 +104,11 @@ for _command in (
     help="Groups of a weight's rows with squared gradients of their own.",
 )
 @click.option(
+    "--output-feedback/--no-output-feedback",
+    default=None,
+    help="Let rows make up for each other's errors, by gradients. Default: of auto, but fast.",
+)
+@click.option(
     "--sequential/--no-sequential",
     default=True,
     help="Calibrate each layer through the quantized layers before it.",
@@ -152,6 +157,7 @@ def export(model: str, out: Path, as_json: bool, verbose: int, **options: Any) -
         transform=options["transform"],
         fisher=options["fisher"],
         fisher_groups=options["fisher_groups"],
+        output_feedback=options["output_feedback"],
         sequential=options["sequential"],
         asymmetric=options["asymmetric"],
         tune_steps=options["tune_steps"],
@@ -385,6 +391,7 @@ def plan(model: str | None, out: Path | None, as_json: bool, verbose: int, **opt
         effort=options["effort"],
         transform=options["transform"],
         fisher=options["fisher"],
+        output_feedback=options["output_feedback"],
         tune_steps=options["tune_steps"],
         imatrix=options["imatrix"],
         use_imatrix=not options["no_imatrix"],

@@ -145,6 +145,7 @@ forecasting = options_of(
     click.option("--effort", default="default", show_default=True, help="See export."),
     click.option("--transform", default="auto", show_default=True, help="See export."),
     click.option("--fisher", type=float, help="See export."),
+    click.option("--output-feedback/--no-output-feedback", default=None, help="See export."),
     click.option("--tune", "tune_steps", type=int, metavar="STEPS", help="See export."),
     click.option("--plan", "given", type=PATH, help="Dry run of the types of a plan.json."),
     click.option("--prove/--no-prove", default=True, help="Count the proof in a dry run."),

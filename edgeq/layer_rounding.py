@@ -27,6 +27,7 @@ from edgeq.transforms import (
     apply,
     fold_hessian,
     fold_importances,
+    fold_outputs,
     search_scales,
     tensor_scales,
     unfold,
@@ -233,6 +234,7 @@ class LayerRounding:
             moments, mean = moments.centred(), moments.mean
         hessian: Matrices | None = None if moments is None else moments.hessian
         cross: Matrices | None = None if moments is None else moments.cross
+        outputs = None if moments is None else moments.outputs
         weight = self._weight(name)
         if moments is not None and scales is not None:
             fold = fold_hessian if len(shape) == 2 else FoldedHessian
@@ -240,12 +242,13 @@ class LayerRounding:
             cross = None if moments.cross is None else fold(moments.cross, scales)
         if scales is not None:
             weight = apply(weight, scales)
+            outputs = None if outputs is None else fold_outputs(outputs, scales)
             importances = None if importances is None else fold_importances(importances, scales)
             mean = None if mean is None else mean / scales.column
         if rules.asymmetric > 0 and hessian is not None and cross is not None:
             weight = corrected(weight, hessian, cross, rules.asymmetric)
         rounded = rules.quantizer.quantize(
-            name, weight, qtype, Inputs(importances, hessian), n_threads=rules.n_threads
+            name, weight, qtype, Inputs(importances, hessian, outputs), n_threads=rules.n_threads
         )
         shift = None
         if mean is not None:

@@ -229,7 +229,14 @@ def _check_given(recipe: Recipe, reference: Reference) -> None:
         read_private_key(recipe.sign)
     if recipe.modelfile:
         check_modelfile(recipe.out)
-    if recipe.method.tune_steps and os.environ.get("EDGEQ_DEVICE"):
+    method = recipe.method
+    quantizer = make_quantizer(method.quantizer)
+    if method.output_feedback and not getattr(quantizer, "uses_outputs", False):
+        raise RecipeError(
+            f"--output-feedback: the quantizer {method.quantizer} does not feed errors back from "
+            "row to row. Give --quantizer gptq, or leave it out."
+        )
+    if method.tune_steps and os.environ.get("EDGEQ_DEVICE"):
         from edgeq.layerwise import chosen_device
 
         chosen_device()

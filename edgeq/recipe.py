@@ -69,7 +69,7 @@ class Effort:
     fisher : see ``Method``; squared gradients cost time and, on few tokens, accuracy
     sweeps : of coordinate descent
     transforms : methods of the search for folds
-    tune_steps : see ``Method``
+    tune_steps, output_feedback : see ``Method``; without gradients there is no backward pass at all
     """
 
     chunks: int
@@ -78,13 +78,16 @@ class Effort:
     sweeps: int
     transforms: tuple[str, ...]
     tune_steps: int = 0
+    output_feedback: bool = True
 
 
 EFFORTS = {
-    "fast": Effort(16, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",)),
+    "fast": Effort(
+        16, tuning_chunks=4, fisher=0.0, sweeps=1, transforms=("balance",), output_feedback=False
+    ),
     "default": Effort(32, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual")),
     "max": Effort(
-        64, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual"), tune_steps=96
+        64, tuning_chunks=8, fisher=0.5, sweeps=2, transforms=("balance", "dual"), tune_steps=48
     ),
 }
 
@@ -98,6 +101,8 @@ class Method:
     quantizer : ``NAME`` or ``NAME:key=value,...``
     fisher : 0 to 1, how far second moments are weighted by squared gradients
     fisher_groups : groups of a weight's rows with gradients, so second moments, of their own
+    output_feedback : rows make up for the errors of rows before them, as far as the gradients at
+        their outputs go together
     sequential : each layer is calibrated through the quantized layers before it
     transforms : methods of the search for folds; empty: nothing is folded
     asymmetric : 0 to 1, how far weights are moved to make up for the layers before
@@ -108,6 +113,7 @@ class Method:
     quantizer: str
     fisher: float = 0.5
     fisher_groups: int = 1
+    output_feedback: bool = False
     sequential: bool = True
     transforms: tuple[str, ...] = ()
     asymmetric: float = 0.0
@@ -193,6 +199,8 @@ class Recipe:
     quantizer : registered name, with settings after a colon; ``auto`` chooses and verifies
     effort : of ``auto``, a name of ``EFFORTS``
     fisher, fisher_groups, sequential, asymmetric : see ``Method``; fisher None: the effort's
+    output_feedback : see ``Method``; None: the effort's where `quantizer` is ``auto`` and rows are
+        in no groups
     transform : ``fold``, ``none``, or ``auto``: fold where `quantizer` is ``auto``
     tune_steps : see ``Method``; None: the effort's where `quantizer` is ``auto``
     imatrix : a file to use instead of calibrating
@@ -226,6 +234,7 @@ class Recipe:
     effort: str = "default"
     fisher: float | None = None
     fisher_groups: int = 1
+    output_feedback: bool | None = None
     sequential: bool = True
     asymmetric: float = 0.0
     transform: str = "auto"
@@ -267,10 +276,19 @@ class Recipe:
             raise RecipeError("--jobs, --cluster: a cluster's workers are its own. Give one.")
         if self.tune_steps is not None and self.tune_steps < 0:
             raise RecipeError(f"--tune: got {self.tune_steps} steps, expected 0 or more.")
+        if self.output_feedback and not self.use_imatrix:
+            raise RecipeError(
+                "--output-feedback looks at gradients on calibration text: leave --no-imatrix out."
+            )
         if self.tune_steps and not self.use_imatrix:
             raise RecipeError("--tune learns from calibration text: leave --no-imatrix out.")
         if self.fisher_groups < 1:
             raise RecipeError(f"--fisher-groups: got {self.fisher_groups}, expected 1 or more.")
+        if self.fisher_groups > 1 and self.output_feedback:
+            raise RecipeError(
+                "--output-feedback: rows in groups (--fisher-groups) do not make up for each "
+                "other's errors. Give one."
+            )
         if self.asymmetric and not self.sequential:
             raise RecipeError(
                 "--asymmetric makes up for the layers before: it needs --sequential. Give one."
@@ -303,11 +321,15 @@ class Recipe:
         if is_auto and not self.use_imatrix:
             return Method("rtn")
         steps = self.budget.tune_steps if is_auto else 0
+        feeds_back = self.output_feedback
+        if feeds_back is None:
+            feeds_back = is_auto and self.budget.output_feedback and self.fisher_groups == 1
         folds = self.transform == "fold" or (self.transform == "auto" and is_auto)
         return Method(
             f"gptq:sweeps={self.budget.sweeps}" if is_auto else self.quantizer,
             self.budget.fisher if self.fisher is None else self.fisher,
             self.fisher_groups,
+            feeds_back,
             self.sequential,
             self.budget.transforms if folds else (),
             self.asymmetric,

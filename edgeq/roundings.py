@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
 
-from converters.gguf_file import open_gguf, write_gguf
+from converters.gguf_file import TensorSource, open_gguf, write_gguf
 from edgeq import provenance
 from edgeq.allocation import Plan
 from edgeq.calibration import collect
 from edgeq.calibration.collector import free_bytes
-from edgeq.calibration.fisher import TokenWeights, token_weights
+from edgeq.calibration.fisher import OutputMoments, TokenWeights, token_weights
 from edgeq.calibration.moments import (
     LayerwiseMoments,
     MomentsSource,
     StoredMoments,
     groups_of_layers,
 )
-from edgeq.calibration.statistics import Statistics
+from edgeq.calibration.statistics import FloatArray, Statistics
 from edgeq.console import Steps
 from edgeq.errors import CalibrationError
 from edgeq.evaluation import Summary, evaluate, store_reference
@@ -33,13 +34,14 @@ from edgeq.opening import Reference, Texts, UsedText
 from edgeq.quantization import Quantized, layers_of, quantize_layers
 from edgeq.quantizers import QUANTIZERS, Quantizer, make_quantizer
 from edgeq.recipe import Recipe
-from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
+from edgeq.workdir import WorkDirectory, file_sha256
 
 if TYPE_CHECKING:
     from edgeq.layerwise import LayerwiseModel
 
 _MARGIN = 0.85  # of rtn's divergence; a gain on the calibration's kinds of text is less on others
 _MOMENTS_FRACTION = 0.25  # of free memory, for second moments that one pass collects
+_OUTPUTS = "outputs/"  # before the names of second moments at outputs, in the file of gradients
 _AGREES = 1e-3  # nats: ggml's float16 tables alone make 1e-5, another function 1e-1
 
 
@@ -188,17 +190,18 @@ class Roundings:
         except CalibrationError as error:
             self.notes.append(f"Second moments of the float model alone, from llama.cpp: {error}")
             return self._stored(text)
-        weights = None
-        if method.fisher > 0:
-            weights = self._token_weights(model, text)
+        weights, outputs = None, None
+        if method.fisher > 0 or method.output_feedback:
+            weights, outputs = self._gradients(model, text)
         with self.steps.step("moments"):
             return LayerwiseMoments(
                 model,
                 text.rows,
-                weights=weights,
+                weights=weights if method.fisher > 0 else None,
                 strength=method.fisher,
                 sequential=method.sequential,
                 asymmetric=method.asymmetric > 0,
+                outputs=outputs,
                 directory=self.work.path,
             )
 
@@ -228,27 +231,43 @@ class Roundings:
             self._model = model
             return model
 
-    def _token_weights(self, model: "LayerwiseModel", text: UsedText) -> TokenWeights:
-        seed, n_groups = self.recipe.texts.seed, self.recipe.method.fisher_groups
+    def _gradients(
+        self, model: "LayerwiseModel", text: UsedText
+    ) -> tuple[TokenWeights, Mapping[str, FloatArray]]:
+        """Return token weights, and the second moments at outputs if they are asked for."""
+        seed, method = self.recipe.texts.seed, self.recipe.method
         with self.steps.step("gradients") as progress:
+
+            def make(out: Path) -> None:
+                outputs = OutputMoments(self.work.path) if method.output_feedback else None
+                found = token_weights(
+                    model,
+                    text.rows,
+                    seed=seed,
+                    n_groups=method.fisher_groups,
+                    outputs=outputs,
+                    progress=progress,
+                )
+                if outputs is not None:
+                    found |= {_OUTPUTS + name: sums for name, sums in outputs.sums.items()}
+                write_gguf(out, {}, [_source(name, array) for name, array in found.items()])
+
             path = self.work.artefact(
-                "gradients.safetensors",
+                "gradients.gguf",
                 {
                     "reference": self.reference.sha256,
                     "text": text.manifest.sha256,
                     "seed": seed,
-                    "groups": n_groups,
+                    "groups": method.fisher_groups,
+                    "outputs": method.output_feedback,
                     "versions": provenance.versions(),
                 },
-                lambda out: save_arrays(
-                    token_weights(
-                        model, text.rows, seed=seed, n_groups=n_groups, progress=progress
-                    ),
-                    out,
-                ),
+                make,
             )
-            with safe_open(path, framework="numpy") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+        file = open_gguf(path)
+        arrays = {name: file.read_float(name) for name in file.tensors}
+        outputs = {n.removeprefix(_OUTPUTS): a for n, a in arrays.items() if n.startswith(_OUTPUTS)}
+        return {n: a for n, a in arrays.items() if not n.startswith(_OUTPUTS)}, outputs
 
     def _stored(self, text: UsedText) -> MomentsSource | None:
         """Return llama.cpp's moments, of some layers at a time where memory is short."""
@@ -415,3 +434,7 @@ def _finite(value: float) -> float:
 def _digests(rounding: Quantized) -> dict[str, str]:
     paths: set[Path] = set(rounding.paths.values())
     return {path.name: file_sha256(path) for path in sorted(paths)}
+
+
+def _source(name: str, array: FloatArray) -> TensorSource:
+    return TensorSource(name, GGMLQuantizationType.F32, array.shape, lambda: array)

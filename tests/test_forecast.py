@@ -125,6 +125,17 @@ def test_gradients_keep_states_of_every_layer_up_to_a_quarter_of_memory(tmp_path
     assert many - held == pytest.approx(states - (128 << 20), rel=0.1)
 
 
+def test_moments_at_outputs_lie_in_files_and_take_time(tmp_path: Path) -> None:
+    without, fed = (found(tmp_path, model(2), output_feedback=one) for one in (False, True))
+    sums = 2 * 4 * (5 * 512**2 + 2 * 1024**2)
+    assert sums <= fed.work_bytes - without.work_bytes <= 2 * sums
+    for step in ("gradients", "quantize: rounding"):
+        assert fed.seconds[step] > without.seconds[step]
+    none = found(tmp_path, model(2), output_feedback=True, fisher=0.0)  # also goes back
+    assert none.memory["gradients"] == fed.memory["gradients"] > without.memory["gradients"]
+    assert none.moments_bytes < fed.moments_bytes
+
+
 def test_experts_have_moments_each(tmp_path: Path) -> None:
     plain = found(tmp_path, model(2), fisher=0.0)
     experts = found(tmp_path, model(2, n_experts=16), fisher=0.0)

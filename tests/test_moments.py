@@ -11,9 +11,9 @@ from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import (
     LayerwiseMoments,
     StoredMoments,
-    _without_outliers,
     groups_of_layers,
 )
+from edgeq.calibration.sums import without_outliers
 from edgeq.runtime.model import Model
 from edgeq.runtime.observer import Observer
 from tests import tiny_gguf, tiny_models
@@ -144,11 +144,11 @@ def test_a_massive_token_takes_part_but_does_not_dominate():
     """All others attend to the first one: left out, its error grew until it was all of it."""
     rows = np.random.RandomState(2).standard_normal((48, 16)).astype(np.float32)
     rows[0] *= 1000
-    w = _without_outliers(rows, np.ones(48, np.float32))
+    w = without_outliers(rows, np.ones(48, np.float32))
     energy = w * np.square(rows).sum(axis=1)
     assert energy[0] == pytest.approx(0.1 * 48 * np.median(np.square(rows).sum(axis=1)), rel=1e-4)
     assert (w[1:] == 1).all()
-    assert (_without_outliers(0 * rows, w) == w).all()
+    assert (without_outliers(0 * rows, w) == w).all()
 
 
 def test_a_layer_sees_what_the_replaced_layers_before_it_give(model):
@@ -205,8 +205,8 @@ def test_stored_moments_are_the_statistics(path):
     assert passes == groups
 
 
-def whole_squares(model, modules, chunk, seed):
-    """Mean squared gradients at the outputs of modules, by autograd through the whole model."""
+def whole_gradients(model, modules, chunk, seed):
+    """Gradients at the outputs of modules, by autograd through the whole model."""
     outputs = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(
@@ -223,10 +223,12 @@ def whole_squares(model, modules, chunk, seed):
     u = torch.rand((len(chunk), 1), generator=generator)
     drawn = torch.searchsorted(total, u * total[:, -1:], right=True)
     gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), list(outputs.values()))
-    return {
-        name: each[0].square().mean(dim=1).numpy()
-        for name, each in zip(outputs, gradients, strict=True)
-    }
+    return {name: each[0].numpy() for name, each in zip(outputs, gradients, strict=True)}
+
+
+def test_moments_of_outputs_are_in_groups_of_rows_that_divide_them():
+    shapes = {576: (1, 576), 1536: (2, 768), 11008: (16, 688), 1031: (1031, 1), 5: (1, 5)}
+    assert {n_out: fisher.groups_of_rows(n_out) for n_out in shapes} == shapes
 
 
 def test_token_weights_are_squared_gradients_of_the_whole_model(tmp_path, monkeypatch):
@@ -248,14 +250,36 @@ def test_token_weights_are_squared_gradients_of_the_whole_model(tmp_path, monkey
         assert grouped[name].shape == (2, *TOKENS.shape)
         assert distance(grouped[name].mean(axis=0), found[name][0]) < 1e-5
         assert distance(grouped[name][0], grouped[name][1]) > 0.01
-    for chunk, row in enumerate(TOKENS):
-        expected = whole_squares(made.model, names, row, 5 + chunk)
-        for module, name in names.items():
-            assert found[name].shape == (1, *TOKENS.shape)
-            assert distance(found[name][0, chunk], expected[module]) < BFLOAT16, name
+    expected = [
+        whole_gradients(made.model, names, row, 5 + chunk) for chunk, row in enumerate(TOKENS)
+    ]
+    monkeypatch.setattr(fisher, "MOST_ROWS", 64)
+    at_outputs = [fisher.OutputMoments(tmp_path) for _ in range(2)]
+    again = token_weights(model, TOKENS, seed=5, outputs=at_outputs[0])
+    for module, name in names.items():
+        assert found[name].shape == (1, *TOKENS.shape)
+        sums = 0
+        for chunk, gradients in enumerate(expected):
+            squares = np.square(gradients[module]).mean(axis=1)
+            assert distance(found[name][0, chunk], squares) < BFLOAT16, name
+            rows = cut(gradients[module], np.ones(len(squares), np.float32))
+            root = gradients[module] * np.sqrt(rows)[:, None]
+            sums = sums + root.T @ root
+        if "attn_k" in name:  # the file has llama.cpp's order of rotary pairs
+            heads = made.model.config.num_key_value_heads
+            order = np.arange(len(sums)).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+            sums = sums[np.ix_(order, order)]
+        n_groups, size = fisher.groups_of_rows(len(sums))
+        assert at_outputs[0].sums[name].shape == (n_groups, size, size)
+        for group, moments in enumerate(at_outputs[0].sums[name]):
+            mine = slice(group * size, (group + 1) * size)
+            assert distance(moments, sums[mine, mine]) < 2 * BFLOAT16, name
     monkeypatch.setattr(fisher, "batch_of_chunks", lambda *_: 2)  # not all chunks at once
-    again = token_weights(model, TOKENS, seed=5)
-    assert all(np.array_equal(again[name], found[name]) for name in found)
+    once_more = token_weights(model, TOKENS, seed=5, outputs=at_outputs[1])
+    for name in found:
+        assert np.array_equal(again[name], found[name])
+        assert np.array_equal(once_more[name], found[name])
+        assert np.allclose(at_outputs[0].sums[name], at_outputs[1].sums[name], rtol=1e-5)
     other = token_weights(model, TOKENS[:1], seed=6)
     key = "blk.0.attn_k.weight"
     assert not np.allclose(other[key], found[key][:, :1], rtol=0.1)

@@ -99,6 +99,7 @@ def test_the_default_has_the_bytes_of_rtn_and_a_better_rounding(exported, neares
         "quantizer": GPTQ,
         "fisher": 0.5,
         "fisher_groups": 1,
+        "output_feedback": True,
         "sequential": True,
         "transforms": ["balance", "dual"],
         "asymmetric": 0.0,
@@ -265,7 +266,7 @@ def test_without_a_torch_model_llama_cpps_moments_serve(
     assert reason in first
     assert second.startswith("Rounded by gptq:sweeps=1: ")
     assert "layers/blk.0.safetensors" in made
-    assert not [name for name in made if name in ("gradients.safetensors", "imatrix.gguf")]
+    assert not [name for name in made if name in ("gradients.gguf", "imatrix.gguf")]
     assert types(out) == types(nearest)
     facts = report["rounding"]["tensors"]
     assert all(facts[n]["loss"] < facts[n]["loss_rtn"] for n in facts if n.startswith("blk."))
@@ -306,7 +307,7 @@ def test_settings_of_gptq_without_all_else(exported, tiny, texts, tmp_path):
     assert (rounding["verification"], rounding["folds"]) == ({}, {})
     assert not [note for note in report["notes"] if note.startswith("Rounded")]
     made = {path.name for path in (tmp_path / "out.edgeq").iterdir()}
-    assert not made & {"gradients.safetensors", "layers-rtn", "verification.json"}
+    assert not made & {"gradients.gguf", "layers-rtn", "verification.json"}
     assert packed(out)["blk.0.attn_norm.weight"] == packed(tiny)["blk.0.attn_norm.weight"]
     losses = {n: f["loss"] for n, f in rounding["tensors"].items() if n.startswith("blk.")}
     again = done(*command, "gptq:order=natural,sweeps=0").json()
@@ -318,8 +319,8 @@ def test_another_seed_of_the_gradients_makes_other_layers(tiny, texts, works, tm
     for seed in (0, 1):
         done(*command, "--quantizer", "gptq:sweeps=0", "--seed", seed)
     layers = [f"layers/blk.{layer}.safetensors" for layer in range(tiny_gguf.N_LAYERS)]
-    assert [name for name in works[-1].made if name in ("gradients.safetensors", *layers)] == [
-        "gradients.safetensors",
+    assert [name for name in works[-1].made if name in ("gradients.gguf", *layers)] == [
+        "gradients.gguf",
         *layers,
     ]
 

@@ -1,26 +1,73 @@
-"""How much each token matters at each weight: the squared gradients of the model's own loss.
+"""How much each token, and each output, matters at each weight: gradients of the model's own loss.
 
-Second moments weighted so are the Fisher information of a layer's weights, seen from the inputs: a
-rounding error then counts by what it does to the model's output, not to the layer's.
+Second moments of inputs weighted by squared gradients are the Fisher information of a layer's
+weights, seen from the inputs; second moments of the gradients themselves are the same seen from the
+outputs. A rounding error then counts by what it does to the model's output, not to the layer's.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeq.calibration.collector import free_bytes
+from edgeq.calibration.scratch import zeros_in_file
+from edgeq.calibration.sums import add_product, without_outliers
+from edgeq.runtime.encoders import FloatArray
 from edgeq.runtime.model import Tokens
 
 if TYPE_CHECKING:
     from edgeq.layerwise import Layer, LayerwiseModel, Product
+    from edgeq.layerwise.concurrent import OnEach
 
-FloatArray = npt.NDArray[np.float32]
 TokenWeights = dict[str, FloatArray]
 """Weight name to (n_groups, n_chunks, n_tokens) float32 mean squared gradients at its outputs."""
 
 _MEMORY_FRACTION = 0.25  # of what is free, for the hidden states between the layers
+MOST_ROWS = 1024  # of a weight in one group of outputs
+
+
+class OutputMoments:
+    """Second moments of the gradients at the outputs of every plain matrix.
+
+    Rows are taken in equal groups of at most 1,024, one after the other, and nothing is known of
+    two groups together: of 11,008 rows all pairs would be half a gigabyte.
+
+    Parameters
+    ----------
+    directory : where the sums lie in files that have no name
+
+    Attributes
+    ----------
+    sums : weight name to (n_groups, n, n) float32 Σ g gᵀ over tokens
+
+    References
+    ----------
+    Tseng et al., YAQA, arXiv:2505.22988, section 3: the Fisher information of a weight as a
+    Kronecker product of one matrix of its inputs and one of its outputs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.sums: dict[str, FloatArray] = {}
+        self._directory = directory
+
+    def add(self, name: str, gradient: FloatArray, on_each: "OnEach") -> None:
+        """Add one chunk's gradients, (n_tokens, n_out)."""
+        if name not in self.sums:
+            shape = groups_of_rows(gradient.shape[1])
+            self.sums[name] = zeros_in_file((*shape, shape[1]), self._directory)
+        weights = without_outliers(gradient, np.ones(len(gradient), np.float32))
+        cut = gradient * np.sqrt(weights)[:, None]
+        sums = self.sums[name]
+        for total, rows in zip(sums, np.split(cut, len(sums), axis=1), strict=True):
+            add_product(total, rows, rows, on_each)
+
+
+def groups_of_rows(n_out: int) -> tuple[int, int]:
+    """Return the groups that a weight's rows are taken in, and the rows of each."""
+    n_groups = next(n for n in range(-(-n_out // MOST_ROWS), n_out + 1) if n_out % n == 0)
+    return n_groups, n_out // n_groups
 
 
 def token_weights(
@@ -29,6 +76,7 @@ def token_weights(
     *,
     seed: int = 0,
     n_groups: int = 1,
+    outputs: OutputMoments | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenWeights:
     """Return the mean over a weight's output rows of the squared gradient, token by token.
@@ -46,6 +94,7 @@ def token_weights(
     tokens : (n_chunks, n_tokens) int32
     seed : of the drawn tokens; chunk c draws with seed + c
     n_groups : of each weight's rows
+    outputs : adds up the moments at outputs in the same pass
     progress : called with (layers done, layers in all), over all batches and both directions
 
     References
@@ -66,7 +115,7 @@ def token_weights(
 
     for first in range(0, n_chunks, size):
         chunks = range(first, min(first + size, n_chunks))
-        _batch(model, tokens, chunks, seed, n_groups, found, step)
+        _batch(model, tokens, chunks, seed, n_groups, found, outputs, step)
     return found
 
 
@@ -83,6 +132,7 @@ def _batch(
     seed: int,
     n_groups: int,
     found: TokenWeights,
+    outputs: OutputMoments | None,
     step: Callable[[], None],
 ) -> None:
     from edgeq.layerwise import fast_dtype, one_thread_each
@@ -102,15 +152,25 @@ def _batch(
 
             leaving = list(zip(chunks, entering, gradients, strict=True))
 
-            def back(one: tuple[int, Any, Any], layer: "Layer" = layer) -> Any:
+            def back(
+                one: tuple[int, Any, Any], layer: "Layer" = layer
+            ) -> tuple[Any, list[tuple[str, FloatArray]]]:
                 chunk, hidden, gradient = one
+                at_outputs: list[tuple[str, FloatArray]] = []
 
                 def add(product: "Product") -> None:
                     _add_squares(found, model, product, chunk, tokens.shape, n_groups)
+                    if product.gradient is not None and _is_plain(model, product):
+                        at_outputs.append((product.name, product.gradient))
 
-                return layer.backward(hidden, gradient, add, compute_dtype=dtype)
+                return layer.backward(hidden, gradient, add, compute_dtype=dtype), at_outputs
 
-            gradients = list(on_each(back, leaving))
+            gradients = []
+            for gradient, at_outputs in on_each(back, leaving):  # added up in the chunks' order
+                gradients.append(gradient)
+                if outputs is not None:
+                    for name, at_output in at_outputs:
+                        outputs.add(name, at_output, on_each)
             step()
 
 
@@ -126,9 +186,12 @@ def _add_squares(
     if product.gradient is None:
         return
     n_rows, n_out = product.gradient.shape
-    is_plain = len(model.reference.tensors[product.name].shape) == 2
-    n = n_groups if is_plain and n_out % n_groups == 0 else 1
+    n = n_groups if _is_plain(model, product) and n_out % n_groups == 0 else 1
     sums = found.setdefault(product.name, np.zeros((n, *shape), np.float32))
     squares = np.square(product.gradient).reshape(n_rows, n, -1).mean(axis=2)
     for group in range(n):
         np.add.at(sums[group, chunk], product.positions, squares[:, group])
+
+
+def _is_plain(model: "LayerwiseModel", product: "Product") -> bool:
+    return len(model.reference.tensors[product.name].shape) == 2

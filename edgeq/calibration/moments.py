@@ -18,17 +18,12 @@ from converters.gguf_file import layer_of
 from edgeq.calibration.fisher import TokenWeights
 from edgeq.calibration.scratch import zeros_in_file
 from edgeq.calibration.statistics import FloatArray, Statistics
+from edgeq.calibration.sums import TINY, add_product, without_outliers
 from edgeq.runtime.model import Tokens
 
 if TYPE_CHECKING:
     from edgeq.layerwise import Layer, LayerwiseModel, Product
     from edgeq.layerwise.concurrent import OnEach
-
-# Of a chunk's typical energy, what one token may bring: the activations of the first token are
-# massive and always alike. It must not be left out: all others attend to it, see DECISIONS.md 38.
-_MOST_ENERGY = 0.1
-_TINY = np.float32(1e-30)
-_COLUMNS = 256  # of a product, by one thread
 
 Replaced = Mapping[str, FloatArray]
 """Tensor name to the float weights that the quantized tensor stands for."""
@@ -49,12 +44,15 @@ class Moments:
         model; None: not asked for
     mean : (n_mat, n_in) float32, Σ w x / Σ w, or of groups of rows; None: not known
     mass : (n_mat,) float32, Σ w / N
+    outputs : (n_groups, n, n) float32, of as many groups of n rows, one after the other, the second
+        moments of the loss's gradients at their outputs; None: not known
     """
 
     hessian: FloatArray
     cross: FloatArray | None = None
     mean: FloatArray | None = None
     mass: FloatArray | None = None
+    outputs: FloatArray | None = None
 
     def centred(self) -> "Moments":
         """Return the moments about the mean: what counts where a bias makes the mean error good."""
@@ -164,6 +162,7 @@ class LayerwiseMoments:
     strength : 0 to 1, of `weights`: w = 1 − strength + strength · s / mean(s)
     sequential : inputs come through the quantized layers before
     asymmetric : also collect ``Moments.cross``; needs `sequential`
+    outputs : ``Moments.outputs`` by weight, see ``edgeq.calibration.fisher``
     directory : where the moments of stacked weights (experts) lie in files; None: in memory
     """
 
@@ -176,10 +175,12 @@ class LayerwiseMoments:
         strength: float = 1.0,
         sequential: bool = True,
         asymmetric: bool = False,
+        outputs: Mapping[str, FloatArray] | None = None,
         directory: Path | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
+        self._outputs = {} if outputs is None else outputs
         self._strength = strength
         self._directory = directory
         self.is_sequential = sequential
@@ -213,7 +214,10 @@ class LayerwiseMoments:
         if leaving:
             self._hidden, self._at = leaving, number + 1
         made = {one: one.moments() for one in dict.fromkeys(sums.values())}
-        return {name: made[one] for name, one in sums.items()}
+        found = {name: made[one] for name, one in sums.items()}
+        for name in found.keys() & self._outputs.keys():
+            found[name] = replace(found[name], outputs=self._outputs[name])
+        return found
 
     def advance(self, number: int, replaced: Callable[[], Replaced]) -> None:
         """Remember what became of a layer."""
@@ -271,7 +275,7 @@ class LayerwiseMoments:
             w = np.ones(len(inputs), np.float32)
             if weights is not None:
                 w = weights[group, chunk, positions]
-            w = _without_outliers(inputs, w)
+            w = without_outliers(inputs, w)
             one.add(product.matrix + group, inputs, w, float_inputs, on_each)
 
     def _token_weights(self, name: str) -> FloatArray | None:
@@ -279,19 +283,9 @@ class LayerwiseMoments:
         if self._weights is None or name not in self._weights:
             return None
         squares = self._weights[name]  # the first token's is an outlier
-        mean = np.maximum(squares[..., 1:].mean(axis=(1, 2), keepdims=True), _TINY)
+        mean = np.maximum(squares[..., 1:].mean(axis=(1, 2), keepdims=True), TINY)
         out: FloatArray = (1 - self._strength) + self._strength * squares / mean
         return out.astype(np.float32)
-
-
-def _without_outliers(inputs: FloatArray, weights: FloatArray) -> FloatArray:
-    """Return the weights, (n_rows,), cut where one input would bring too much of the energy."""
-    energy = weights * np.einsum("ij,ij->i", inputs, inputs)
-    most = _MOST_ENERGY * len(energy) * np.median(energy)
-    if not most > 0:
-        return weights
-    cut: FloatArray = weights * np.minimum(1, most / np.maximum(energy, _TINY))
-    return cut.astype(np.float32)
 
 
 def _key(product: "Product") -> tuple[str, int]:
@@ -299,11 +293,7 @@ def _key(product: "Product") -> tuple[str, int]:
 
 
 class _Sums:
-    """Running sums of one weight's moments, and of all that see the same.
-
-    The products are torch's, as the model's own: between two libraries' threads, each waiting
-    actively for its next work, a layer took four times as long.
-    """
+    """Running sums of one weight's moments, and of all that see the same."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], n_groups: int, directory: Path | None
@@ -344,11 +334,11 @@ class _Sums:
         exact = None if exact is None else exact * root
         inputs = inputs * root
         self.counts[matrix] += len(inputs)
-        _add_product(self.hessian[matrix], inputs, inputs, on_each)
+        add_product(self.hessian[matrix], inputs, inputs, on_each)
         if exact is not None:
             if self.cross is None:
                 self.cross = self._zeros(self.hessian.shape)
-            _add_product(self.cross[matrix], exact - inputs, inputs, on_each)
+            add_product(self.cross[matrix], exact - inputs, inputs, on_each)
 
     def moments(self) -> Moments:
         """Return the means, in place of the sums; experts with few inputs are shrunk towards all.
@@ -361,7 +351,7 @@ class _Sums:
         twice = (2 / np.maximum(counts, 1)).astype(np.float32)
         cross = None if self.cross is None else np.multiply(self.cross, twice, out=self.cross)
         if self.is_plain:
-            mean = (self.total / np.maximum(self.mass, _TINY)[:, None]).astype(np.float32)
+            mean = (self.total / np.maximum(self.mass, TINY)[:, None]).astype(np.float32)
             mass = (self.mass / np.maximum(self.counts, 1)).astype(np.float32)
             return Moments(np.multiply(self.hessian, twice, out=self.hessian), cross, mean, mass)
         few = np.float32(n_in)
@@ -372,17 +362,3 @@ class _Sums:
             mine += pooled
             mine /= n
         return Moments(self.hessian, cross)
-
-
-def _add_product(total: FloatArray, left: FloatArray, right: FloatArray, on_each: "OnEach") -> None:
-    """Add leftᵀ right to `total` in place, some columns at a time."""
-    import torch
-
-    sums, rows, columns = (torch.from_numpy(array) for array in (total, left, right))
-
-    def add(first: int) -> None:
-        some = slice(first, first + _COLUMNS)
-        sums[:, some].addmm_(rows.T, columns[:, some])
-
-    for _ in on_each(add, range(0, total.shape[1], _COLUMNS)):
-        pass

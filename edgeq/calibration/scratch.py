@@ -1,4 +1,4 @@
-"""Arrays that are too large to stay in memory: a layer's second moments of experts."""
+"""Arrays that are too large to stay in memory: second moments of experts, and of gradients."""
 
 import math
 import mmap
@@ -33,8 +33,8 @@ def zeros_in_file(shape: tuple[int, ...], directory: Path) -> npt.NDArray[np.flo
             data = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise RecipeError(
-            f"{directory}: no temporary file of {size / 2**20:.0f} MiB for the second moments of "
-            f"experts ({error.strerror or error}). Free some space, or give another directory with "
+            f"{directory}: no temporary file of {size / 2**20:.0f} MiB for second moments "
+            f"({error.strerror or error}). Free some space, or give another directory with "
             "--work."
         ) from error
     return np.frombuffer(data, np.float32).reshape(shape)

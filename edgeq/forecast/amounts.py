@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gguf.constants import GGMLQuantizationType
 
 from converters.gguf_file import tensor_bytes
+from edgeq.calibration.fisher import groups_of_rows
 from edgeq.forecast.machine import Machine
 from edgeq.forecast.outline import Outline, Tensor
 from edgeq.layer_rounding import JUDGED_ROWS
@@ -77,6 +78,7 @@ class Amounts:
         self.tuning_chunks = recipe.budget.tuning_chunks if judges and calibrates else 0
         self.n_ctx = texts.n_ctx
         self.weighs = self.uses_moments and self.method.fisher > 0
+        self.feeds_rows = self.uses_moments and self.method.output_feedback
 
     # --- pieces ----------------------------------------------------------------------------------
 
@@ -130,6 +132,14 @@ class Amounts:
             for one in self.distinct(tensors)
         )
         return once * (2 if self.method.asymmetric > 0 else 1)
+
+    def output_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Return the bytes of second moments of gradients at outputs."""
+        return sum(4 * n * size**2 for n, size in map(_groups, self.feeding(tensors)))
+
+    def feeding(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the tensors whose errors are fed back from row to row."""
+        return [t for t in tensors if self.feeds_rows and t.is_matrix and t.n_mat == 1]
 
     def filed_bytes(self, tensors: Sequence[Tensor]) -> int:
         """Return how many of these lie in files of the work directory: those of experts."""
@@ -205,7 +215,7 @@ class Amounts:
 
     def gradients(self, n_chunks: int | None = None) -> Share:
         """Square the gradients of every product: forward, then both ways in a fast type."""
-        if n_chunks is None and not self.weighs:
+        if n_chunks is None and not (self.weighs or self.feeds_rows):
             return Share(0.0)
         m, chunks = self.machine, n_chunks or self.n_chunks
         tokens, vocabulary = chunks * self.n_ctx, self.outline.embedding.shape[0]
@@ -216,6 +226,10 @@ class Amounts:
         outputs = sum(self.active(t) / t.n_in for ts in self.layers.values() for t in ts)
         elements = tokens * (8 * vocabulary + 4 * outputs) * m.element
         products = blocks / m.torch_flops + 2 * blocks / m.torch_fast_flops
+        if n_chunks is None:
+            summed = sum(self.output_bytes(ts) for ts in self.layers.values())
+            products += tokens * summed / 2 / m.torch_flops
+            loads += summed * (1 / m.write_rate + 1 / m.read_rate + 3 / m.hash_rate)
         return Share(loads + head + elements + products)
 
     def chunks_at_once(self, n_chunks: int) -> int:
@@ -279,6 +293,10 @@ class Amounts:
                 per_weight += what.feedback + self.sweeps * what.sweep + products
                 cubic, quadratic = m.factor
                 shared += one.n_mat * (cubic * one.n_in**3 + quadratic * one.n_in**2)
+                for n, size in map(_groups, self.feeding([one])):
+                    shared += n * (cubic * size**3 + quadratic * size**2)
+                    per_weight += m.encode[one.qtype] + _PASSES * m.element / 3
+                    per_weight += size / m.numpy_flops
                 shared += 2 * one.n_mat * one.n_in**2 * m.element
             shared += per_weight * one.n_weights
         at_once = max((sum(t.is_rounded for t in ts) for ts in self.layers.values()), default=1)
@@ -343,3 +361,8 @@ class Amounts:
         n_chunks = self.recipe.texts.evaluation_chunks
         seconds = self.judged(n_chunks, both=True) * (2 if self.recipe.baseline else 1)
         return Share(2 * self.outline.output_bytes / self.machine.hash_rate, seconds, n_chunks)
+
+
+def _groups(one: Tensor) -> tuple[int, int]:
+    """Return groups of a matrix's rows, and the rows of each."""
+    return groups_of_rows(one.n_weights // one.n_in)

@@ -3,6 +3,7 @@
 import math
 
 from converters.gguf_file import tensor_bytes
+from edgeq.calibration.fisher import MOST_ROWS
 from edgeq.costing import FISHER_CHUNKS, padded
 from edgeq.evaluation.references import REPACKED_BYTES
 from edgeq.forecast.amounts import Amounts
@@ -56,8 +57,10 @@ def peak_bytes(amounts: Amounts) -> dict[str, int]:
         found["rounding"] = max(found.get("rounding", 0), rounding)
     check = base + model + 4 * max(amounts.weights(ts) for ts in layers) + runtime
     found["check"] = check + 2 * logits  # a copy of theirs, and ours
-    if amounts.weighs:
+    if amounts.weighs or amounts.feeds_rows:
         found["gradients"] = base + model + _gradients(amounts, amounts.n_chunks)
+        most = max(sum(t.n_weights // t.n_in for t in amounts.feeding(ts)) for ts in layers)
+        found["gradients"] += amounts.machine.n_cpus * 4 * amounts.n_ctx * most
     if amounts.recipe.target.is_set and estimator_of(amounts) == "fisher":
         found["costs"] = base + model + _gradients(amounts, FISHER_CHUNKS)
     return found
@@ -85,6 +88,8 @@ def _rounding(amounts: Amounts, tensors: list[Tensor]) -> int:
         work = 9 * matrix
         if amounts.feeds_back:  # on some rows at a time; second moments in doubles
             work = 4 * matrix + _ROW_BYTES * min(matrix, SLICE) + 8 * one.n_in**2
+        if amounts.feeding([one]):  # the folded moments, and errors of a group of rows
+            work += amounts.output_bytes([one]) + 4 * min(matrix, MOST_ROWS * one.n_in)
         most = max(most, whole + work)
         if amounts.method.transforms and one.n_mat > 1:  # gate and up are searched together
             rows = min(matrix, JUDGED_ROWS * one.n_in)
@@ -101,14 +106,16 @@ def disk_bytes(amounts: Amounts) -> int:
     total += layers
     inputs = sum(8 * one.n_mat * one.n_in for one in outline.tensors if one.is_matrix)
     total += inputs if recipe.use_imatrix else 0
-    if amounts.weighs:
+    if amounts.weighs or amounts.feeds_rows:
         products = sum(t.is_matrix for ts in amounts.layers.values() for t in ts)
         total += 4 * products * amounts.n_chunks * amounts.n_ctx * method.fisher_groups
-    most = 0
+    outputs = sum(amounts.output_bytes(tensors) for tensors in amounts.layers.values())
+    total += outputs
+    most = outputs  # while they are summed up
     logits = amounts.tuning_chunks * (amounts.n_ctx // 2) * 2 * outline.embedding.shape[0]
     if method.is_verified and amounts.tuning_chunks:
         total += layers  # rounded to nearest too
-        most = outline.output_bytes + logits
+        most = max(most, outline.output_bytes + logits)
     if recipe.target.is_set:
         total += logits
         n_rounded = sum(one.n_weights for one in rounded)

@@ -68,10 +68,13 @@ class Inputs:
     hessian : (n_mat, n_in, n_in) float32, 2/N Σ w x xᵀ over the N inputs x, w their weights of mean
         1; None: it was not collected. Of (n_mat · g, n_in, n_in) each is for n_out / g rows, one
         after the other
+    outputs : (g, n, n) float32 of g groups of n rows of a plain matrix, Σ g gᵀ of the loss's
+        gradients at their outputs; None: not known
     """
 
     importances: FloatArray | None = None
     hessian: Matrices | None = None
+    outputs: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,8 @@ class Quantizer(Protocol):
     """Chooses the codes of a weight. A registered quantizer is a class.
 
     Called without arguments it has its default settings; the fields of a dataclass may be set in
-    the recipe. ``edgeq.testing.check_quantizer`` says whether one keeps its promises.
+    the recipe. ``edgeq.testing.check_quantizer`` says whether one keeps its promises. One that
+    looks at ``Inputs.outputs`` has ``uses_outputs = True``.
     """
 
     uses_hessian: bool

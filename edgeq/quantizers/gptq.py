@@ -6,7 +6,7 @@ weights on a grid (``cpu_kernels.block_formats``).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from cpu_kernels.lattice_formats import LATTICES
 from edgeq.errors import CalibrationError, RecipeError
 from edgeq.quantizers import Inputs, Matrices, Rounded, lattice
 from edgeq.quantizers.descent import lower_loss
-from edgeq.quantizers.factor import ORDERS, Factored, check_damping, error_bound, factor
+from edgeq.quantizers.factor import ORDERS, Factored, Order, check_damping, error_bound, factor
 from edgeq.quantizers.feedback import (
     Rounding,
     batch_size,
@@ -28,8 +28,9 @@ from edgeq.quantizers.feedback import (
     with_ternary_scales,
 )
 from edgeq.quantizers.lattice import LatticeRounding
+from edgeq.quantizers.output_feedback import feed_back_to_rows
 from edgeq.registry import unknown_name
-from edgeq.runtime.encoders import FloatArray, Packed, encode
+from edgeq.runtime.encoders import FloatArray, Packed, decode, encode
 
 AnyRounding = Rounding | LatticeRounding
 SEARCHES = ("static", "batch")
@@ -53,6 +54,8 @@ class Gptq:
     sweeps : visits of coordinate descent to every column
     reach : scales that the descent tries to both sides
     refit : least-squares scales and offsets of super-blocks
+    output_shrinkage : of second moments of gradients towards their diagonal, 0 to 1; at 1 no row
+        makes up for another's errors
     """
 
     order: str = "activation"
@@ -63,8 +66,10 @@ class Gptq:
     sweeps: int = 2
     reach: int = 1
     refit: bool = True
+    output_shrinkage: float = 0.5
 
     uses_hessian = True
+    uses_outputs = True
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -72,6 +77,8 @@ class Gptq:
         if self.search not in SEARCHES:
             raise RecipeError(f"gptq: {unknown_name('search', self.search, list(SEARCHES))}")
         check_damping("gptq", self.shrinkage, self.dampening_frac)
+        if not 0 <= self.output_shrinkage <= 1:
+            raise RecipeError(f"gptq: output_shrinkage={self.output_shrinkage}, expected 0 to 1.")
         if self.sweeps < 0 or self.reach < 0:
             raise RecipeError(
                 f"gptq: sweeps={self.sweeps}, reach={self.reach}; expected 0 or more of both."
@@ -105,8 +112,11 @@ class Gptq:
             return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
         rows = packed.reshape(len(matrices), -1, packed.shape[1])
         totals = _Totals()
-        for matrix, hessian, mine in zip(matrices, inputs.hessian, rows, strict=True):
-            self._improve(name, qtype, matrix, hessian, mine, totals, n_threads)
+        hessians = inputs.hessian
+        if len(matrices) > 1 or self.output_shrinkage == 1:
+            inputs = replace(inputs, outputs=None)
+        for matrix, hessian, mine in zip(matrices, hessians, rows, strict=True):
+            self._improve(name, qtype, matrix, hessian, inputs, mine, totals, n_threads)
         return Rounded(packed, totals.facts())
 
     def _improve(
@@ -115,14 +125,15 @@ class Gptq:
         qtype: GGMLQuantizationType,
         weight: FloatArray,
         hessian: FloatArray,
+        inputs: Inputs,
         packed: Packed,
         totals: "_Totals",
         n_threads: int | None,
     ) -> None:
         """Round one matrix again, in place; as it is if nothing is known about its inputs.
 
-        Rows do not depend on each other. Some are worked on at a time: of a large matrix, a few
-        copies in float32 would be gigabytes.
+        Some rows are worked on at a time: of a large matrix, a few copies in float32 would be
+        gigabytes. They do not depend on each other unless something is known about the outputs.
         """
         if not np.diagonal(hessian).max() > 0 or not np.any(weight):
             totals.unreached += 1
@@ -140,6 +151,22 @@ class Gptq:
             dampening_frac=self.dampening_frac,
             regroup=regroup,
         )
+        if inputs.outputs is not None:
+
+            def round_rows(rows: Order, moved: FloatArray) -> FloatArray:
+                near = encode(moved, qtype, inputs.importances, n_threads=n_threads, name=name)
+                packed[rows] = self._rounded(moved, factored, qtype, near, totals, n_threads)
+                return decode(packed[rows], qtype, n_threads=n_threads)
+
+            feed_back_to_rows(
+                name,
+                weight,
+                inputs.outputs,
+                round_rows,
+                shrinkage=self.output_shrinkage,
+                dampening_frac=self.dampening_frac,
+            )
+            return
         n_slices = math.ceil(weight.size / SLICE)
         n_rows = math.ceil(len(weight) / n_slices)
         for first in range(0, len(weight), n_rows):

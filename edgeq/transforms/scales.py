@@ -137,6 +137,16 @@ def fold_hessian(hessian: FloatArray, scales: TensorScales) -> FloatArray:
     return _divided(hessian, scales.column if hessian.ndim == 2 else np.atleast_2d(scales.column))
 
 
+def fold_outputs(outputs: FloatArray, scales: TensorScales) -> FloatArray:
+    """Return the second moments of gradients at a folded tensor's outputs: G / (row rowᵀ).
+
+    Parameters
+    ----------
+    outputs : (n_groups, n, n) float32, of groups of rows
+    """
+    return _divided(outputs, scales.row.reshape(len(outputs), -1))
+
+
 def _divided(hessian: FloatArray, column: FloatArray) -> FloatArray:
     divided: FloatArray = hessian / (column[..., :, None] * column[..., None, :])
     return divided

@@ -170,6 +170,7 @@ def _recipe(claim: Claim, again: Again, n_threads: int | None, out: Path) -> Rec
             effort=told["effort"],
             fisher=told["fisher"],
             fisher_groups=told["fisher_groups"],
+            output_feedback=told["output_feedback"],
             sequential=told["sequential"],
             asymmetric=told["asymmetric"],
             transform=told["transform"],
