@@ -1,5 +1,7 @@
+import ctypes
 import json
 import shutil
+import sys
 from collections import defaultdict
 from functools import cache
 from types import SimpleNamespace
@@ -337,3 +339,12 @@ def test_sizes_are_those_of_the_whole_file_without_its_vocabulary(name, family):
     for config in (found, whole):
         config.pop("vocab_size", None)  # ours is the embedding's
     assert found == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP library there")
+def test_a_layer_starts_no_threads_inside_of_others(family):
+    """numba's pool allows nested teams, which torch's attention would start at each product."""
+    openmp = ctypes.CDLL(torch._C.__file__)
+    openmp.omp_set_max_active_levels(8)
+    layerwise.LayerwiseModel.open(family("llama3").reference, None).load(0)
+    assert openmp.omp_get_max_active_levels() == 1

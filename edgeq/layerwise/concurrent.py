@@ -5,6 +5,7 @@ there are (a product over a vocabulary, everything in bfloat16). A chunk on one 
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -23,6 +24,17 @@ class OnEach(Protocol):
     ) -> Iterator[_Done]:
         """Yield the results; at most as many as there are threads wait to be taken."""
         ...
+
+
+def without_nested_teams() -> None:
+    """Keep this thread's OpenMP regions from starting threads inside of others.
+
+    numba's pool allows that (``omp_set_nested``) to the thread that first uses it, and torch shares
+    its OpenMP library: every product of torch's attention, already on a thread of its own, then
+    starts new ones, thousands a second, and a step of tuning takes twice the time.
+    """
+    with contextlib.suppress(AttributeError):  # a torch without OpenMP, or linked otherwise
+        ctypes.CDLL(torch._C.__file__).omp_set_max_active_levels(1)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from converters.gguf_file import GgufFile
 from edgeq.errors import CalibrationError
+from edgeq.layerwise.concurrent import without_nested_teams
 from edgeq.layerwise.origins import FloatArray, fill
 from edgeq.layerwise.products import (
     Casts,
@@ -119,6 +120,7 @@ class LayerwiseModel:
         CalibrationError
             A replacement is of another layer or has another shape.
         """
+        without_nested_teams()
         replaced = {} if replaced is None else replaced
         held = self.tensors(layer)
         for name, values in replaced.items():
