@@ -82,7 +82,7 @@ for _command in (
     type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="Of auto: about 4, 9 or 40 minutes per 100M parameters on two cores.",
+    help="Of auto: about 4, 10 or 20 minutes per 100M parameters on two cores.",
 )
 @click.option(
     "--transform",
