@@ -11,6 +11,7 @@ The weights are small and seeded; nothing here needs a model, a file or pytest.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -287,7 +288,7 @@ def _ordinary(
     rng = np.random.default_rng(seed)
     weight = (0.02 * rng.standard_normal((n_out, n_in))).astype(np.float32)
     known = _known_inputs(n_in, seed)
-    inputs = Inputs(*(array.copy() for array in vars(known).values()))  # a test may write them
+    inputs = deepcopy(known)  # a test may write them
     return _Case(f"a normal weight of {n_blocks} blocks a row", qtype, weight, inputs)
 
 
@@ -334,9 +335,12 @@ def _statistics(qtype: GGMLQuantizationType) -> Iterator[_Case]:
     ordinary = _ordinary(qtype, 1)
     full = ordinary.inputs
     n_in = ordinary.weight.shape[1]
-    tokens = _tokens(np.random.default_rng(5), max(2, n_in // 4), n_in)
+    rng = np.random.default_rng(5)
+    tokens = _tokens(rng, max(2, n_in // 4), n_in)
     unseen = tokens.copy()
     unseen[:, n_in // 4 : n_in // 2] = 0
+    mixing = rng.standard_normal((len(ordinary.weight),) * 2).astype(np.float32)
+    outputs = (mixing @ mixing.T)[None]
     zeros = Inputs(np.zeros((1, n_in), np.float32), np.zeros((1, n_in, n_in), np.float32))
     for title, inputs in (
         ("fewer tokens than columns", _inputs_of(tokens)),
@@ -345,6 +349,7 @@ def _statistics(qtype: GGMLQuantizationType) -> Iterator[_Case]:
         ("statistics of zeros", zeros),
         ("importances without second moments", Inputs(full.importances, None)),
         ("second moments without importances", Inputs(None, full.hessian)),
+        ("gradients at its outputs", replace(full, outputs=outputs)),
         ("no statistics", Inputs()),
     ):
         if inputs.importances is not None or not needs_importances(qtype):
