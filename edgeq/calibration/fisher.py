@@ -160,7 +160,9 @@ def _batch(
 
                 def add(product: "Product") -> None:
                     _add_squares(found, model, product, chunk, tokens.shape, n_groups)
-                    if product.gradient is not None and _is_plain(model, product):
+                    if outputs is None or product.gradient is None:
+                        return
+                    if _is_plain(model, product):
                         at_outputs.append((product.name, product.gradient))
 
                 return layer.backward(hidden, gradient, add, compute_dtype=dtype), at_outputs
