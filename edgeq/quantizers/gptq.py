@@ -6,12 +6,13 @@ weights on a grid (``cpu_kernels.block_formats``).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from gguf.quants import quant_shape_to_byte_shape
 
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.lattice_formats import LATTICES
@@ -30,7 +31,7 @@ from edgeq.quantizers.feedback import (
 from edgeq.quantizers.lattice import LatticeRounding
 from edgeq.quantizers.output_feedback import feed_back_to_rows
 from edgeq.registry import unknown_name
-from edgeq.runtime.encoders import FloatArray, Packed, decode, encode
+from edgeq.runtime.encoders import FloatArray, Packed, encode
 
 AnyRounding = Rounding | LatticeRounding
 SEARCHES = ("static", "batch")
@@ -103,40 +104,48 @@ class Gptq:
         CalibrationError
             The second moments have another shape, or are not finite.
         """
-        packed = encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name)
+        nearest = partial(encode, qtype=qtype, n_threads=n_threads, name=name)
+        weights = inputs.importances
         if inputs.hessian is None:
-            return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
+            reason = "rtn: no second moments of its inputs"
+            return Rounded(nearest(weight, importances=weights), {"fallback": reason})
         check_moments(name, inputs.hessian, weight.shape)
-        matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
         if qtype not in FORMATS and qtype not in LATTICES:
-            return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
-        rows = packed.reshape(len(matrices), -1, packed.shape[1])
+            reason = f"rtn: {qtype.name} is no grid that is known here"
+            return Rounded(nearest(weight, importances=weights), {"fallback": reason})
+        matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
+        packed = np.empty(quant_shape_to_byte_shape(matrices.shape, qtype), np.uint8)
         totals = _Totals()
-        hessians = inputs.hessian
-        if len(matrices) > 1 or self.output_shrinkage == 1:
-            inputs = replace(inputs, outputs=None)
-        for matrix, hessian, mine in zip(matrices, hessians, rows, strict=True):
-            self._improve(name, qtype, matrix, hessian, inputs, mine, totals, n_threads)
-        return Rounded(packed, totals.facts())
+        for number, (matrix, hessian) in enumerate(zip(matrices, inputs.hessian, strict=True)):
+            mine = None  # an expert has its own importances, groups of one matrix' rows have not
+            if weights is not None:
+                mine = weights[number * len(weights) // len(matrices)][None]
+            known = Inputs(mine, hessian, inputs.outputs if len(matrices) == 1 else None)
+            self._round(name, matrix, qtype, known, packed[number], totals, n_threads)
+        return Rounded(packed.reshape(-1, packed.shape[-1]), totals.facts())
 
-    def _improve(
+    def _round(
         self,
         name: str,
-        qtype: GGMLQuantizationType,
         weight: FloatArray,
-        hessian: FloatArray,
+        qtype: GGMLQuantizationType,
         inputs: Inputs,
         packed: Packed,
         totals: "_Totals",
         n_threads: int | None,
     ) -> None:
-        """Round one matrix again, in place; as it is if nothing is known about its inputs.
+        """Write the rows of one matrix; to nearest if nothing is known about its inputs.
 
         Some rows are worked on at a time: of a large matrix, a few copies in float32 would be
         gigabytes. They do not depend on each other unless something is known about the outputs.
         """
+        hessian = np.asarray(inputs.hessian)
+        nearest = partial(
+            encode, qtype=qtype, importances=inputs.importances, n_threads=n_threads, name=name
+        )
         if not np.diagonal(hessian).max() > 0 or not np.any(weight):
             totals.unreached += 1
+            packed[:] = nearest(weight)
             return
         regroup = None
         if qtype in LATTICES:
@@ -151,13 +160,14 @@ class Gptq:
             dampening_frac=self.dampening_frac,
             regroup=regroup,
         )
-        if inputs.outputs is not None:
 
-            def round_rows(rows: Order, moved: FloatArray) -> FloatArray:
-                near = encode(moved, qtype, inputs.importances, n_threads=n_threads, name=name)
-                packed[rows] = self._rounded(moved, factored, qtype, near, totals, n_threads)
-                return decode(packed[rows], qtype, n_threads=n_threads)
+        def round_rows(rows: Order | slice, moved: FloatArray) -> FloatArray:
+            near = _unpacked(qtype, nearest(moved))
+            rounding = self._rounded(moved, factored, near, totals, n_threads)
+            packed[rows] = rounding.packed()
+            return rounding.values
 
+        if inputs.outputs is not None and self.output_shrinkage < 1:
             feed_back_to_rows(
                 name,
                 weight,
@@ -171,20 +181,17 @@ class Gptq:
         n_rows = math.ceil(len(weight) / n_slices)
         for first in range(0, len(weight), n_rows):
             rows = slice(first, first + n_rows)
-            some = np.ascontiguousarray(weight[rows])
-            packed[rows] = self._rounded(some, factored, qtype, packed[rows], totals, n_threads)
+            round_rows(rows, np.ascontiguousarray(weight[rows]))
 
     def _rounded(
         self,
         weight: FloatArray,
         factored: Factored,
-        qtype: GGMLQuantizationType,
-        packed: Packed,
+        nearest: AnyRounding,
         totals: "_Totals",
         n_threads: int | None,
-    ) -> Packed:
+    ) -> AnyRounding:
         """Return rows that are nowhere worse than those given, which are rounded to nearest."""
-        nearest = _unpacked(qtype, packed)
         importances = np.ascontiguousarray(np.diagonal(factored.hessian))
         rounding = nearest
         if isinstance(nearest, Rounding) and nearest.fmt.is_ternary:
@@ -203,7 +210,7 @@ class Gptq:
         better = (after < before)[:, None]  # NaN is not better
         kept = rounding.where(better, nearest)  # type: ignore[arg-type]
         totals.add(kept, factored, before, np.where(better[:, 0], after, before))
-        return kept.packed()
+        return kept
 
     def _feed_back(
         self,
@@ -276,7 +283,10 @@ class _Totals:
         self.rows_kept += int((after < before).sum())
 
     def facts(self) -> dict[str, float | str]:
-        """Return losses ½ tr(E H Eᵀ), the bound of error feedback without clipping, and reasons."""
+        """Return losses ½ tr(E H Eᵀ), the bound of error feedback without clipping, and reasons.
+
+        Where rows make up for each other's errors, E is from where they were moved to.
+        """
         found: dict[str, float | str] = {}
         if self.rows:
             found = {
