@@ -251,6 +251,7 @@ def evaluate(
     chunks: int | None = None,
     force: bool = False,
     save_logits: File | None = None,
+    lora: File | None = None,
     speed: bool = True,
     work: File | None = None,
     n_threads: int | None = None,
@@ -269,6 +270,7 @@ def evaluate(
     chunks : judge on at most so many
     force : accept text that calibration has seen
     save_logits : store the reference's logits: ``*.kld`` (llama.cpp's format), else compact
+    lora : a LoRA adapter that every file runs with
     speed : measure tokens/s too
     work : directory of intermediate results; default: beside the first file
     n_threads, allow_requantize, allow_pickle : see ``export``
@@ -302,6 +304,7 @@ def evaluate(
         steps=Steps(bars=False),
         tasks=asked,
         task_items=task_items,
+        lora=_path(lora),
     )
 
 

@@ -38,6 +38,7 @@ from edgeq.cli_options import (
     type=PATH,
     help="Store the reference's logits: *.kld (llama.cpp's format), else compact.",
 )
+@click.option("--lora", type=PATH, help="Run every FILE with this LoRA adapter.")
 @click.option("--speed/--no-speed", default=True, help="Measure tokens/s too.")
 @source_input
 @common
@@ -67,6 +68,7 @@ def evaluate(files: tuple[Path, ...], as_json: bool, verbose: int, **options: An
         steps=start(verbose),
         tasks=options["tasks"],
         task_items=options["task_items"],
+        lora=options["lora"],
     )
     show(as_json, result.as_json(), result.as_text())
 

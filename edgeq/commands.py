@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,8 +22,7 @@ from edgeq.console import Steps
 from edgeq.differing import Outcome, Side
 from edgeq.differing import diff as diff_files
 from edgeq.errors import EvaluationError, RecipeError
-from edgeq.evaluation import Evaluation, Speed, measure_speeds, store_reference
-from edgeq.evaluation import evaluate as evaluate_file
+from edgeq.evaluation import store_reference
 from edgeq.evaluation.chunks import MIN_CTX
 from edgeq.evaluation.store import stored_chunks
 from edgeq.opening import (
@@ -34,13 +34,18 @@ from edgeq.opening import (
     open_reference,
     prepare_texts,
 )
-from edgeq.proving import check_not_calibrated_on, read_text, size_of, stored_text
+from edgeq.proving import (
+    check_adapter,
+    check_not_calibrated_on,
+    measure_files,
+    read_text,
+    stored_text,
+)
 from edgeq.quantizers import QUANTIZERS
 from edgeq.recipe import Recipe, TextChoice
 from edgeq.registry import Plugin, unknown_name
-from edgeq.results import FileResult, Measured, Written
+from edgeq.results import Measured, Written
 from edgeq.tasks import TASKS, Task, ask, read_tasks
-from edgeq.texts import Part
 from edgeq.transforms import ROTATIONS, write_key_folded, write_rotated
 from edgeq.workdir import WorkDirectory
 
@@ -232,6 +237,7 @@ def evaluate(
     steps: Steps,
     tasks: Sequence[str | Path] = (),
     task_items: int | None = None,
+    lora: Path | None = None,
 ) -> Measured:
     """Measure files against a reference model, or against its stored logits.
 
@@ -240,12 +246,15 @@ def evaluate(
     reference : may be None where there are tasks and no texts
     tasks : also ask files these items, of files or suites; a stored reference answers none
     task_items : of each file and each part of a suite at most so many
+    lora : an adapter that every file runs with, the reference not
 
     Raises
     ------
     EvaluationError
         The text does not fit, or a file was calibrated on it and that is not forced; or a file of
         tasks is broken.
+    RecipeError
+        The adapter is none, or of another base.
     """
     if n_ctx is not None and n_ctx < MIN_CTX:
         raise EvaluationError(f"--ctx: got {n_ctx}, expected {MIN_CTX} or more.")
@@ -254,9 +263,19 @@ def evaluate(
     if save_logits is not None:
         check_output(save_logits, (reference, *files, *texts))
     asked = read_tasks(tasks, task_items)  # before anything takes time
+    if lora is not None:
+        check_adapter(lora, files)
+    calibrated = [*files, *([] if lora is None else [lora])]
+    measure = partial(
+        measure_files,
+        [(path, lora) for path in files],
+        chunks=chunks,
+        speed=speed,
+        n_threads=source.n_threads,
+        steps=steps,
+    )
     if reference is None:
-        measured = _measured(files, None, None, n_ctx, chunks, source, steps, speed, ())
-        return _with_tasks(measured, asked, None, source, steps)
+        return _with_tasks(measure(None, None, n_ctx=n_ctx), asked, None, lora, source, steps)
     stored = Path(reference)
     if stored.is_file() and (rows := stored_chunks(stored)) is not None:
         if save_logits is not None:
@@ -268,19 +287,19 @@ def evaluate(
             )
         part = stored_text(files[0], rows[:chunks], stored)
         names = " + ".join(texts or (reference,))
-        notes = check_not_calibrated_on(files, part, names, force=force)
-        text = read_text(files[0], texts, rows.shape[1], chunks) if texts else None
-        return _measured(files, stored, text, n_ctx, chunks, source, steps, speed, notes)
+        notes = check_not_calibrated_on(calibrated, part, names, force=force)
+        text = read_text(files[0], texts, rows.shape[1], chunks).rows if texts else None
+        return measure(stored, text, notes, n_ctx=n_ctx)
     if not texts and (save_logits is not None or not asked):
         raise EvaluationError("evaluate: no text. Give --text FILE, one or several.")
     with WorkDirectory(source.work) as work:
         opened = open_reference(reference, source, work, steps)
         if not texts:
-            measured = _measured(files, None, None, n_ctx, chunks, source, steps, speed, ())
-            return _with_tasks(measured, asked, opened.path, source, steps)
+            measured = measure(None, None, n_ctx=n_ctx)
+            return _with_tasks(measured, asked, opened.path, lora, source, steps)
         n_ctx = n_ctx or TextChoice().n_ctx
         part = read_text(opened.path, texts, n_ctx, chunks)
-        notes = check_not_calibrated_on(files, part, " + ".join(texts), force=force)
+        notes = check_not_calibrated_on(calibrated, part, " + ".join(texts), force=force)
         judge = opened.path
         if save_logits is not None:
             with steps.step("store") as progress:
@@ -294,65 +313,23 @@ def evaluate(
                     progress=progress,
                 )
             judge = save_logits
-        measured = _measured(files, judge, part, n_ctx, chunks, source, steps, speed, notes)
-        return _with_tasks(measured, asked, opened.path, source, steps)
+        measured = measure(judge, part.rows, notes, n_ctx=n_ctx)
+        return _with_tasks(measured, asked, opened.path, lora, source, steps)
 
 
 def _with_tasks(
     measured: Measured,
     tasks: Sequence[Task],
     reference: Path | None,
+    lora: Path | None,
     source: SourceChoice,
     steps: Steps,
 ) -> Measured:
     if not tasks:
         return measured
     files = {file.label: file.path for file in measured.files}
-    found = ask(files, tasks, reference, n_threads=source.n_threads, steps=steps)
+    found = ask(files, tasks, reference, lora, n_threads=source.n_threads, steps=steps)
     return replace(measured, tasks=found)
-
-
-def _measured(
-    files: Sequence[Path],
-    judge: Path | None,
-    part: Part | None,
-    n_ctx: int | None,
-    chunks: int | None,
-    source: SourceChoice,
-    steps: Steps,
-    speed: bool,
-    notes: tuple[str, ...],
-) -> Measured:
-    rows = []
-    timings: list[Speed | None] = [None] * len(files)
-    evaluations: list[Evaluation | None] = []
-    for path in files:
-        if judge is None:
-            evaluations.append(None)
-            continue
-        with steps.step(f"evaluate {path.name}") as progress:
-            evaluations.append(
-                evaluate_file(
-                    path,
-                    None if part is None else part.rows,
-                    judge,
-                    n_ctx=n_ctx,
-                    chunks=chunks,
-                    n_threads=source.n_threads,
-                    progress=progress,
-                )
-            )
-    if speed:
-        with steps.step("time") as progress:
-            timings = list[Speed | None](
-                measure_speeds(files, n_threads=source.n_threads, progress=progress)
-            )
-    names = [path.name for path in files]
-    for path, judged, timing in zip(files, evaluations, timings, strict=True):
-        label = path.name if names.count(path.name) == 1 else str(path)
-        made_by = "edgeq" if "edgeq.recipe" in open_gguf(path).fields else None
-        rows.append(FileResult(label, path, *size_of(path), judged, timing, made_by))
-    return Measured(tuple(rows), steps.seconds, notes)
 
 
 def diff(

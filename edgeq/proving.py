@@ -6,14 +6,14 @@ Also the text that a file is judged on, and that its calibration has not seen it
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.gguf_file import open_gguf
 from edgeq import allocation, provenance
 from edgeq.allocation import Plan
 from edgeq.console import Progress, Steps
-from edgeq.errors import EvaluationError
+from edgeq.errors import EvaluationError, RecipeError
 from edgeq.evaluation import Evaluation, evaluate, measure_speeds
 from edgeq.evaluation.chunks import sequences_at_once
 from edgeq.execution import Executor
@@ -21,7 +21,7 @@ from edgeq.layer_rounding import Importances
 from edgeq.opening import Reference, UsedText
 from edgeq.provenance import Seen
 from edgeq.recipe import Recipe
-from edgeq.results import FileResult
+from edgeq.results import FileResult, Measured
 from edgeq.runtime.model import Model, Tokens
 from edgeq.runtime.presets import MixOptions, quantize_with_llama_cpp
 from edgeq.texts import Part, check_unused, make_part, prepare, read_sources
@@ -160,6 +160,59 @@ def _evaluate_part(task: _Evaluating) -> Evaluation:
     return evaluate(task.path, task.rows, task.reference, n_ctx=n_ctx, n_threads=task.n_threads)
 
 
+def measure_files(
+    files: Sequence[tuple[Path, Path | None]],
+    judge: Path | None,
+    rows: Tokens | None,
+    notes: tuple[str, ...] = (),
+    *,
+    n_ctx: int | None,
+    chunks: int | None = None,
+    speed: bool = True,
+    n_threads: int | None,
+    steps: Steps,
+) -> Measured:
+    """Judge files that anybody made, and time all of them in one interleaved run.
+
+    Parameters
+    ----------
+    files : each with the LoRA adapter that it runs with, or None
+    judge : float model or its stored logits; None: nothing is judged
+    rows : (n_chunks, n_ctx) tokens; None: those of the stored logits
+    notes : sentences for the report
+    n_ctx, chunks : see ``edgeq.evaluation.evaluate``
+    """
+    labels = [path.name + (" + adapter" if adapter else "") for path, adapter in files]
+    results = []
+    for label, (path, adapter) in zip(labels, files, strict=True):
+        n_bytes, bpw = size_of(path)
+        total = n_bytes + (adapter.stat().st_size if adapter else 0)
+        found = None
+        if judge is not None:
+            with steps.step(f"evaluate {label}") as progress:
+                found = evaluate(
+                    path,
+                    rows,
+                    judge,
+                    n_ctx=n_ctx,
+                    chunks=chunks,
+                    n_threads=n_threads,
+                    adapter=adapter,
+                    progress=progress,
+                )
+        maker = "edgeq" if "edgeq.recipe" in open_gguf(path).fields else None
+        label = label if labels.count(label) == 1 else str(path)
+        results.append(FileResult(label, path, total, bpw * total / n_bytes, found, None, maker))
+    if speed:
+        paths, adapters = zip(*files, strict=True)
+        with steps.step("time") as progress:
+            speeds = measure_speeds(
+                paths, n_threads=n_threads, adapters=adapters, progress=progress
+            )
+        results = [replace(one, speed=each) for one, each in zip(results, speeds, strict=True)]
+    return Measured(tuple(results), steps.seconds, notes)
+
+
 def _maker(label: str) -> str:
     return label.split()[0]
 
@@ -203,6 +256,46 @@ def stored_text(path: Path, rows: Tokens, where: Path) -> Part:
                 f"{rows.max()}, expected 0 to {model.n_vocab - 1}. Compare files of one model."
             )
         return make_part(model, "evaluation", rows)
+
+
+def check_adapter(adapter: Path, files: Sequence[Path]) -> None:
+    """Refuse what is no LoRA adapter, or one of another base, before anything is loaded.
+
+    Adapters of ``edgeq compensate`` record their base's hash. Of others the architecture is
+    compared, and llama.cpp refuses other shapes.
+
+    Raises
+    ------
+    RecipeError
+        A file cannot have it.
+    ConversionError
+        It is no GGUF file.
+    """
+    header = open_gguf(adapter)
+    kind = header.value("adapter.type")
+    if kind != "lora":
+        raise RecipeError(
+            f"{adapter}: adapter.type is {kind!r}, expected 'lora'. Give a LoRA adapter in GGUF."
+        )
+    try:
+        base = dict(json.loads(str(header.value("edgeq.base", "{}"))))
+    except (ValueError, TypeError):
+        raise RecipeError(
+            f"{adapter}: edgeq.base is damaged, expected the name and hash of a file. Make the "
+            "adapter again."
+        ) from None
+    for path in files:
+        file = open_gguf(path)
+        if header.architecture != file.architecture:
+            raise RecipeError(
+                f"{adapter}: is for models of {header.architecture}, got {path} of "
+                f"{file.architecture}. Give an adapter of this file."
+            )
+        if base and base.get("sha256") != file.sha256():
+            raise RecipeError(
+                f"{adapter}: was made for another base, {base.get('name')} of SHA-256 "
+                f"{str(base.get('sha256'))[:12]}…, got {path}. Give the file that it was made for."
+            )
 
 
 def check_not_calibrated_on(

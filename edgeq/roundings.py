@@ -87,12 +87,12 @@ class Roundings:
             gradients to tune with.
         """
         method = self.recipe.method
+        teacher = self._teacher(texts)
         wanted = self.wanted(quantizer, texts)
         found = {method.quantizer: wanted}
-        if method.tune_steps and texts.calibration is not None and texts.tuning is not None:
-            tuned = self._tuned(wanted, texts.calibration, texts.tuning)
-            if tuned is not None:
-                found[f"{method.quantizer}, tuned"] = tuned
+        if teacher is not None and texts.calibration is not None and texts.tuning is not None:
+            tuned = self._tuned(teacher, wanted, texts.calibration, texts.tuning)
+            found[f"{method.quantizer}, tuned"] = tuned
         if not method.is_verified or texts.tuning is None:
             return list(found.values())[-1]
         found["rtn"] = self.nearest()
@@ -305,16 +305,28 @@ class Roundings:
 
     # --- tuning ----------------------------------------------------------------------------------
 
-    def _tuned(self, wanted: Quantized, text: UsedText, tuning: UsedText) -> Quantized | None:
-        """Return the same codes with tuned scales and norms; None where that cannot be."""
-        method, reference = self.recipe.method, self.reference
+    def _teacher(self, texts: Texts) -> "LayerwiseModel | None":
+        """Return the float model to tune by; None where that is not asked for, or cannot be."""
+        method, text, tuning = self.recipe.method, texts.calibration, texts.tuning
+        if not method.tune_steps or text is None or tuning is None:
+            return None
         try:
-            teacher = self._torch_model(text)
+            model = self._torch_model(text)
         except CalibrationError as error:
             if not method.is_verified:
                 raise
             self.notes.append(f"Scales are not tuned: {error}")
             return None
+        from edgeq.tuning import check_memory
+
+        check_memory(model, text.rows, tuning.rows)
+        return model
+
+    def _tuned(
+        self, teacher: "LayerwiseModel", wanted: Quantized, text: UsedText, tuning: UsedText
+    ) -> Quantized:
+        """Return the same codes with tuned scales and norms."""
+        method, reference = self.recipe.method, self.reference
         from edgeq.layerwise import LayerwiseModel, chosen_device, memory_of
         from edgeq.tuning import tune
 

@@ -182,13 +182,7 @@ def tune(
     seed : of the order of the chunks
     made_by : all that the result depends on, the student's device too
     frozen : names of tensors that stay as they are
-
-    Raises
-    ------
-    CalibrationError
-        It would not fit into the memory that is free.
     """
-    _check_memory(teacher, student, tokens, tuning)
     tuner = _Tuner(teacher, student, tokens, tuning, steps, seed, frozen)
     paths: list[Path] = []
     klds: list[float] = []
@@ -209,19 +203,28 @@ def tune(
         save_arrays(tuner.packed(part.get_tensor("theta")), out, {"klds": json.dumps(klds)})
 
 
-def _check_memory(
-    teacher: "LayerwiseModel", student: "LayerwiseModel", tokens: Tokens, tuning: Tokens
-) -> None:
-    """Refuse before anything is computed what cannot fit: see what ``_Tuner`` holds at once."""
-    wanted = (tokens.size + tuning.size) * teacher.n_embd
-    of_a_step = (student.n_layers + 1) * _BATCH * tokens.shape[1] * student.n_embd
-    largest = max(_layer_bytes(student, number) for number in range(student.n_layers))
+def check_memory(model: "LayerwiseModel", tokens: Tokens, tuning: Tokens) -> None:
+    """Refuse before anything takes time what cannot fit: see what ``_Tuner`` holds at once.
+
+    Parameters
+    ----------
+    model : the float model, of the student's shapes
+    tokens, tuning : see ``tune``
+
+    Raises
+    ------
+    CalibrationError
+        It would not fit into the memory that is free.
+    """
+    wanted = (tokens.size + tuning.size) * model.n_embd
+    of_a_step = (model.n_layers + 1) * _BATCH * tokens.shape[1] * model.n_embd
+    largest = max(_layer_bytes(model, number) for number in range(model.n_layers))
     needed = 4 * (wanted + of_a_step) + 3 * largest
     free = free_bytes(unknown=1 << 62)
     if needed > free:
         raise CalibrationError(
             f"--tune: {len(tokens)} chunks of {tokens.shape[1]} tokens and a layer of "
-            f"{student.reference.path.name} need {needed >> 20} MiB, {free >> 20} MiB are free. "
+            f"{model.reference.path.name} need {needed >> 20} MiB, {free >> 20} MiB are free. "
             "Give fewer --chunks, or --tune 0."
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from edgeq import cli, commands, evaluation, planning, proving
+from edgeq import cli, evaluation, planning, proving
 
 # Tiny graphs gain nothing from threads, and nothing here depends on a time.
 _quick = functools.partial(evaluation.measure_speeds, n_prompt=16, n_gen=2, repetitions=1)
@@ -39,7 +39,7 @@ def run(*arguments: object, threads: int = 1) -> Run:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", words))
-        for module in (commands, planning, proving):
+        for module in (planning, proving):
             stack.enter_context(mock.patch.object(module, "measure_speeds", _quick))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))

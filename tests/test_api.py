@@ -15,7 +15,7 @@ import pytest
 import edgeq
 from converters.errors import ConversionError
 from converters.gguf_file import open_gguf
-from edgeq import commands, gate, proving
+from edgeq import gate, proving
 from edgeq import in_memory as saving
 from edgeq.allocation import read_plan
 from edgeq.cli import cli
@@ -41,7 +41,7 @@ SHOWN = {"as_json", "verbose", "policy"}  # how results are shown; policy is all
 
 @pytest.fixture(autouse=True)
 def _short_timings(monkeypatch):
-    for module in (commands, proving, gate):
+    for module in (proving, gate):
         monkeypatch.setattr(module, "measure_speeds", _quick)
 
 

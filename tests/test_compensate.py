@@ -1,6 +1,5 @@
 """Low-rank corrections: the optimum, the adapter in llama.cpp, the command and its refusals."""
 
-import functools
 import itertools
 import json
 
@@ -10,12 +9,12 @@ from gguf import GGUFValueType
 
 from converters.gguf_file import open_gguf
 from converters.gguf_header import Field
-from edgeq import evaluation
 from edgeq.compensating import Pair, write_adapter
 from edgeq.compensating.adapter import adapter_fields, applied
 from edgeq.compensating.low_rank import choose_ranks, correct
 from edgeq.errors import RuntimeLibraryError
 from edgeq.runtime.model import Model
+from edgeq.tasks import read_task, score_tasks
 from tests import tiny_gguf
 from tests.command_line import done, files_under, refused, run
 
@@ -145,12 +144,6 @@ def test_only_weights_that_llama_cpp_adds_an_adapter_to_get_ranks(tmp_path):
 
 
 # --- the command -----------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    quick = functools.partial(evaluation.measure_speeds, n_prompt=16, n_gen=2, repetitions=1)
-    monkeypatch.setattr("edgeq.compensating.making.measure_speeds", quick)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +280,83 @@ def test_a_failing_proof_leaves_no_adapter(pair, tmp_path, monkeypatch):
     def fail(*_args, **_settings):
         raise RuntimeLibraryError("llama.cpp: refused")
 
-    monkeypatch.setattr("edgeq.compensating.making.evaluate", fail)
+    monkeypatch.setattr("edgeq.proving.evaluate", fail)
     out = tmp_path / "adapter.gguf"
     assert "refused" in refused(*arguments(pair, out))
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def adapted(pair, tmp_path_factory):
+    """An adapter of the pair's file, and what the command measured."""
+    out = tmp_path_factory.mktemp("adapted") / "adapter.gguf"
+    return out, done(*arguments(pair, out, "--size", 12000, "--json")).json()
+
+
+def judging(pair, *flags):
+    reference, file = pair
+    return ("evaluate", file, "--reference", reference, "--text", file.parent / "other.txt",
+            "--ctx", 128, "--no-speed", "--work", file.parent / "judging", *flags)  # fmt: skip
+
+
+def test_evaluate_runs_files_with_an_adapter(pair, adapted):
+    adapter, made = adapted
+    alone, with_it = (
+        done(*judging(pair, "--json", *flags)).json()["files"][0]
+        for flags in ((), ("--lora", adapter))
+    )
+    assert alone["label"] == pair[1].name
+    assert with_it["label"] == f"{pair[1].name} + adapter"
+    assert with_it["size_bytes"] == alone["size_bytes"] + adapter.stat().st_size
+    divergence = [one["evaluation"]["summary"]["kld"]["value"] for one in (alone, with_it)]
+    assert divergence[1] < divergence[0]
+    assert [one["label"] for one in made["files"]] == [with_it["label"], alone["label"]]
+
+
+def test_tasks_are_answered_with_an_adapter(pair, adapted, tmp_path):
+    items = [
+        {"context": f"{word} and", "endings": [" one thing", " another thing"], "label": 0}
+        for word in ("this", "that", "those", "these")
+    ]
+    tasks = tmp_path / "own.jsonl"
+    tasks.write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = read_task(tasks)
+
+    def scores(adapter):
+        return [one.log_likelihoods.tolist() for one in score_tasks(
+            pair[1], [task], n_threads=1, adapter=adapter)[0]]  # fmt: skip
+
+    assert scores(adapted[0]) != scores(None)
+    result = done("evaluate", pair[1], "--tasks", tasks, "--lora", adapted[0], "--no-speed")
+    assert f"{pair[1].name} + adapter" in result.out
+
+
+def test_an_adapter_of_another_base_is_refused(pair, adapted, tmp_path):
+    reference, file = pair
+    adapter = adapted[0]
+    rebased = tmp_path / "rebased.gguf"
+    done("export", reference, rebased, "--type", "Q5_0", "--quantizer", "rtn", "--no-imatrix",
+         "--no-prove")  # fmt: skip
+    mamba = tiny_gguf.write(tmp_path / "mamba.gguf", "mamba")
+    broken = tmp_path / "broken.gguf"
+    extra = {"edgeq.base": Field("[1]", GGUFValueType.STRING)}
+    write_adapter(broken, adapter_fields("llama", extra), {})
+    words = judging(pair, "--lora")
+    refusals = {
+        f"was made for another base, {file.name}": (words[0], rebased, *words[2:], adapter),
+        "is for models of llama, got": (words[0], mamba, *words[2:], adapter),
+        "adapter.type is None, expected 'lora'": (*words, file),
+        "edgeq.base is damaged": (*words, broken),
+        "no such file": (*words, tmp_path / "none.gguf"),
+    }
+    before = files_under(tmp_path)
+    for expected, line in refusals.items():
+        assert expected in refused(*line), expected
+    assert files_under(tmp_path) == before
+
+
+def test_an_adapter_is_not_judged_on_its_calibration_text(pair, adapted):
+    text = pair[1].parent / "text.txt"
+    words = judging(pair, "--lora", adapted[0])
+    at = words.index("--text") + 1
+    assert "calibrat" in refused(*words[:at], text, *words[at + 1 :])

@@ -7,6 +7,9 @@ import pytest
 from gguf import GGUFValueType
 
 from converters.gguf_file import Field, TensorSource, open_gguf, write_gguf
+from edgeq.differing.screen import TensorScreen
+from edgeq.verification.claims import Claim
+from edgeq.verification.tensors import Looker
 from tests import tiny_gguf, tiny_models
 from tests.command_line import done, refused, run
 
@@ -26,6 +29,16 @@ def exported(tiny, texts, tmp_path_factory):
         "weighted": ("--type", "Q4_0", "--quantizer", "rtn", "--text", texts[0], *SHORT),
         "auto": ("--type", "Q4_0", "--effort", "fast", "--text", texts[0], *SHORT),
         "gptq": ("--type", "Q4_0", "--quantizer", "gptq", "--text", texts[0], *SHORT),
+        "fed": (
+            "--type",
+            "Q4_0",
+            "--quantizer",
+            "gptq",
+            "--output-feedback",
+            "--text",
+            texts[0],
+            *SHORT,
+        ),
     }
     for name, flag in flags.items():
         done("export", tiny, directory / f"{name}.gguf", *flag)
@@ -92,7 +105,7 @@ def test_a_folded_file_is_consistent(exported, tiny, tmp_path):
     assert any(limit.startswith("that the codes are") for limit in result.json()["limits"])
 
 
-@pytest.mark.parametrize("name", ["auto", "gptq"])
+@pytest.mark.parametrize("name", ["auto", "gptq", "fed"])
 def test_layers_are_derived_again_byte_for_byte(name, exported, texts, tiny, tmp_path):
     """Folds, squared gradients and error feedback, the layers before as the file has them."""
     file = exported[name]
@@ -214,6 +227,23 @@ def test_a_changed_norm_differs(name, exported, tiny, tmp_path):
     result = verify(tmp_path / "bad.gguf", tiny, tmp_path)
     assert result.code == 1
     assert "differs" in verdicts(result).values()
+
+
+def test_single_weights_that_feedback_moved_far_are_not_shown(exported):
+    """More so where rows make up for each other's errors; what is far in all differs."""
+
+    def found(name, mean):
+        claim = Claim.of(open_gguf(exported[name]))
+        looker = Looker(None, None, claim, None, None, {})
+        screens = [TensorScreen(str(n), "Q4_0", 2.0, 0.0, 1.0, 0.0, 0.0) for n in range(6)]
+        far = TensorScreen("far", "Q4_0", 15.0, 0.01, mean, 0.0, 0.0)
+        return {one.name: one.verdict for one in looker._judged([*screens, far])}
+
+    for name, most in (("gptq", 1.1), ("fed", 1.5)):
+        near, beyond = found(name, most - 0.01), found(name, most + 0.01)
+        assert near.pop("far") == "not shown"
+        assert beyond.pop("far") == DIFFERS
+        assert set(near.values()) == {"consistent"}
 
 
 def test_other_types_and_another_source_differ(exported, tiny, wide, tmp_path):

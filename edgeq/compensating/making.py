@@ -37,7 +37,6 @@ from edgeq.compensating.results import (
 from edgeq.console import Steps
 from edgeq.differing import screen
 from edgeq.errors import RecipeError
-from edgeq.evaluation import evaluate, measure_speeds
 from edgeq.opening import (
     Reference,
     SourceChoice,
@@ -46,10 +45,9 @@ from edgeq.opening import (
     open_reference,
     prepare_texts,
 )
-from edgeq.proving import check_not_calibrated_on, size_of, stored_text
+from edgeq.proving import check_not_calibrated_on, measure_files, stored_text
 from edgeq.quantizers.factor import damped
 from edgeq.recipe import TextChoice
-from edgeq.results import FileResult, Measured
 from edgeq.runtime.encoders import decode
 from edgeq.runtime.model import Tokens
 from edgeq.workdir import WorkDirectory, replacing
@@ -131,13 +129,21 @@ def compensate(
         pairs = {name: Pair(found[name].b[:, :n], found[name].a[:n]) for name, n in ranks.items()}
         with replacing(out) as temporary:
             write_adapter(temporary, fields, pairs)
-            files = _proven(file, temporary, used.evaluation, opened, source, steps)
+            measured = measure_files(
+                [(file.paths[0], temporary), (file.paths[0], None)],
+                None if used.evaluation is None else opened.path,
+                None if used.evaluation is None else used.evaluation.rows,
+                n_ctx=texts.n_ctx,
+                speed=prove,
+                n_threads=source.n_threads,
+                steps=steps,
+            )
     spent = {name: making.spending(name, found[name], n) for name, n in ranks.items()}
     predicted, as_types = summed(spent, making.losses(found))
     left_out = [name for name in candidates if name not in found]
     n_bytes = out.stat().st_size
     notes += (*left_out_note(left_out), verdict(predicted, as_types, file.size_bytes + n_bytes))
-    measured = Measured(files, steps.seconds, notes)
+    measured = replace(measured, notes=notes)
     return Compensated(out, n_bytes, spent, len(candidates), predicted, as_types, measured)
 
 
@@ -298,43 +304,3 @@ class _Making:
         after = before - self.share(name) * float(one.gains[:rank].sum()) / one.energy
         bits = 8 * size / math.prod(self.file.tensors[name].shape)
         return Spending(rank, size, before, after, before / 4**bits)
-
-
-def _proven(
-    file: GgufFile,
-    adapter: Path,
-    text: UsedText | None,
-    reference: Reference,
-    source: SourceChoice,
-    steps: Steps,
-) -> tuple[FileResult, ...]:
-    """Measure the file with the adapter, and alone; without text only their sizes."""
-    path = file.paths[0]
-    n_bytes, bpw = size_of(path)
-    total = n_bytes + adapter.stat().st_size
-    maker = "edgeq" if "edgeq.recipe" in file.fields else None
-    label = path.name
-    files = [
-        FileResult(f"{label} + adapter", path, total, bpw * total / n_bytes, None, None, "edgeq"),
-        FileResult(label, path, n_bytes, bpw, None, None, maker),
-    ]
-    if text is None:
-        return tuple(files)
-    adapters = [adapter, None]
-    with steps.step("time") as progress:
-        speeds = measure_speeds(
-            [path, path], n_threads=source.n_threads, adapters=adapters, progress=progress
-        )
-    for number, (one, speed) in enumerate(zip(adapters, speeds, strict=True)):
-        with steps.step("evaluate") as progress:
-            judged = evaluate(
-                path,
-                text.rows,
-                reference.path,
-                n_ctx=text.rows.shape[1],
-                n_threads=source.n_threads,
-                adapter=one,
-                progress=progress,
-            )
-        files[number] = replace(files[number], evaluation=judged, speed=speed)
-    return tuple(files)

@@ -39,6 +39,7 @@ def write_answers(
     tasks: Sequence[Task],
     *,
     n_threads: int | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> list[list[OpenScore]]:
     """Let a GGUF file write after the prompts of several tasks' open items; one list a task.
@@ -46,6 +47,7 @@ def write_answers(
     Parameters
     ----------
     n_threads : default all CPUs
+    adapter : a LoRA adapter that the file runs with
     progress : called with (items done, items in all)
 
     Raises
@@ -69,6 +71,7 @@ def write_answers(
         n_seq=min(N_SEQ, len(items)),
         kv_unified=False,
         n_threads=n_threads,
+        adapter=adapter,
     ) as model:
         for start in range(0, len(items), N_SEQ):
             group = slice(start, start + N_SEQ)

@@ -102,11 +102,12 @@ def ask(
     files: Mapping[str, Path],
     tasks: Sequence[Task],
     reference: Path | None,
+    adapter: Path | None = None,
     *,
     n_threads: int | None,
     steps: Steps,
 ) -> tuple[TaskResult, ...]:
-    """Ask files, by label, and their reference the same items.
+    """Ask files, by label and with a LoRA adapter if given, and their reference the same items.
 
     Raises
     ------
@@ -129,19 +130,20 @@ def ask(
                 "the same. Ask without chat, or give both files one template."
             )
 
-    def scores_of(path: Path) -> list[list[Score]]:
+    def scores_of(path: Path, adapter: Path | None) -> list[list[Score]]:
+        shared: dict[str, Any] = {"n_threads": n_threads, "adapter": adapter}
         with steps.step(f"tasks {path.name}") as progress:
-            scores = score_tasks(path, tasks, n_threads=n_threads, progress=progress)
+            scores = score_tasks(path, tasks, progress=progress, **shared)
         with steps.step(f"tasks {path.name}") as progress:
-            texts = write_answers(path, tasks, n_threads=n_threads, progress=progress)
+            texts = write_answers(path, tasks, progress=progress, **shared)
         endings, written = chain.from_iterable(scores), chain.from_iterable(texts)
         return [
             [next(endings) if isinstance(item, Item) else next(written) for item in task.items]
             for task in tasks
         ]
 
-    expected = [None] * len(tasks) if reference is None else scores_of(reference)
-    found = {label: scores_of(path) for label, path in files.items()}
+    expected = [None] * len(tasks) if reference is None else scores_of(reference, None)
+    found = {label: scores_of(path, adapter) for label, path in files.items()}
     return tuple(
         TaskResult(label, path, task, found[label][i], reference, expected[i])
         for i, task in enumerate(tasks)

@@ -102,6 +102,7 @@ def score_tasks(
     tasks: Sequence[Task],
     *,
     n_threads: int | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> list[list[ItemScore]]:
     """Ask a GGUF file the items of several tasks that have endings; one list of scores a task.
@@ -109,6 +110,7 @@ def score_tasks(
     Parameters
     ----------
     n_threads : default all CPUs
+    adapter : a LoRA adapter that the file runs with
     progress : called with (items done, items in all)
 
     Raises
@@ -137,7 +139,7 @@ def score_tasks(
             progress(done + n, len(everything))
 
     scores = []
-    with Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads) as model:
+    with Model(path, n_ctx=n_ctx, n_seq=n_seq, n_threads=n_threads, adapter=adapter) as model:
         _check_positions(model, everything)
         for questions in asked:
             scores.append(score(model, questions, count))

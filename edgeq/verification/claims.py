@@ -75,6 +75,11 @@ class Claim:
         return str(self.method["quantizer"]) == "rtn" and not self.folds and not self.is_tuned
 
     @property
+    def feeds_rows(self) -> bool:
+        """Whether rows were moved for the errors of others."""
+        return bool(self.method.get("output_feedback"))
+
+    @property
     def uses_imatrix(self) -> bool:
         """Whether anything was calibrated."""
         return bool(self.recipe["use_imatrix"])

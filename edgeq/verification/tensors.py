@@ -18,6 +18,7 @@ from edgeq.verification.claims import CONSISTENT, DIFFERS, IDENTICAL, UNKNOWN, C
 
 _MOST_TYPICAL = 4.0  # error over rounding's, median over tensors; as the screen's _ANOTHER_MODEL
 _AS_NEAR = 1.1  # times the median: a tensor whose errors in all are those of the others
+_AS_NEAR_FED = 1.5  # where rows make up for each other's errors: up to 1.29 seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +126,14 @@ class Looker:
         if not typical <= _MOST_TYPICAL:
             why = f"errors of ×{typical:.3g} of rounding's: other weights than the source's"
             return [Verdict(each.name, each.qtype, DIFFERS, why) for each in screened]
+        near = typical * (_AS_NEAR_FED if self.claim.feeds_rows else _AS_NEAR)
         found = []
         for each in judge(screened):
             why, verdict = "; ".join(each.reasons), DIFFERS
             if not each.reasons:
                 why = f"errors ×{each.mean:.2f} of rounding's, the largest {each.worst:.1f} steps"
                 verdict = CONSISTENT
-            elif not self.claim.is_exact and 0 < each.mean <= _AS_NEAR * typical:
+            elif not self.claim.is_exact and 0 < each.mean <= near:
                 verdict = UNKNOWN
                 why = (
                     f"as near the source as others in all, ×{each.mean:.2f} of rounding's; single "
