@@ -182,9 +182,11 @@ def measure_files(
     notes : sentences for the report
     n_ctx, chunks : see ``edgeq.evaluation.evaluate``
     """
-    labels = [path.name + (" + adapter" if adapter else "") for path, adapter in files]
+    names = [(path.name, adapter) for path, adapter in files]
     results = []
-    for label, (path, adapter) in zip(labels, files, strict=True):
+    for path, adapter in files:
+        label = path.name if names.count((path.name, adapter)) == 1 else str(path)
+        label += " + adapter" if adapter else ""
         n_bytes, bpw = size_of(path)
         total = n_bytes + (adapter.stat().st_size if adapter else 0)
         found = None
@@ -201,7 +203,6 @@ def measure_files(
                     progress=progress,
                 )
         maker = "edgeq" if "edgeq.recipe" in open_gguf(path).fields else None
-        label = label if labels.count(label) == 1 else str(path)
         results.append(FileResult(label, path, total, bpw * total / n_bytes, found, None, maker))
     if speed:
         paths, adapters = zip(*files, strict=True)
