@@ -316,15 +316,18 @@ class Amounts:
         return written * (1 / self.machine.write_rate + 2 / self.machine.hash_rate)
 
     def tuned(self) -> Share:
-        """Tune scales and norms: two chunks a step, forward, backward, sums of gradients."""
+        """Tune scales and norms: two chunks a step.
+
+        Layers run forward twice and backward for inputs and weights; the head is computed of both
+        models and once backward.
+        """
         steps = self.method.tune_steps
         if not steps:
             return Share(0.0)
         m = self.machine
         step = 2 * self.n_ctx
-        of_step = (4 * self.flops(step, head=False) + 6 * self.flops(step, head=True)) / (
-            m.torch_flops
-        )
+        head = 2 * step * self.outline.embedding.n_weights
+        of_step = (4 * self.flops(step, head=False) + 3 * head) / m.torch_flops
         of_step += 3 * _PASSES * self.outline.n_parameters * m.element
         judged = self.flops(self.tuning_chunks * self.n_ctx, head=True) * 2 / m.torch_flops
         wanted = self.flops((self.n_chunks + self.tuning_chunks) * self.n_ctx, head=False)
