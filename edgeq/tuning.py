@@ -218,8 +218,7 @@ def check_memory(model: "LayerwiseModel", tokens: Tokens, tuning: Tokens) -> Non
     """
     wanted = (tokens.size + tuning.size) * model.n_embd
     of_a_step = (model.n_layers + 1) * _BATCH * tokens.shape[1] * model.n_embd
-    largest = max(_layer_bytes(model, number) for number in range(model.n_layers))
-    needed = 4 * (wanted + of_a_step) + 3 * largest
+    needed = 4 * (wanted + of_a_step) + 3 * model.largest_layer_bytes
     free = free_bytes(unknown=1 << 62)
     if needed > free:
         raise CalibrationError(
@@ -227,12 +226,6 @@ def check_memory(model: "LayerwiseModel", tokens: Tokens, tuning: Tokens) -> Non
             f"{model.reference.path.name} need {needed >> 20} MiB, {free >> 20} MiB are free. "
             "Give fewer --chunks, or --tune 0."
         )
-
-
-def _layer_bytes(model: "LayerwiseModel", number: int) -> int:
-    """Return the bytes of a layer in float32."""
-    tensors = model.reference.tensors
-    return sum(4 * math.prod(tensors[name].shape) for name in model.tensors(number))
 
 
 class _Tuner:
@@ -392,11 +385,10 @@ class _Tuner:
         """Return how many layers in float32 fit into a quarter of the free memory."""
         from edgeq.layerwise import free_bytes_on
 
-        largest = max(_layer_bytes(self.student, n) for n in range(self.student.n_layers))
         device = self.student.device
         is_cpu = device.type == "cpu"
         free = free_bytes(unknown=1 << 32) if is_cpu else free_bytes_on(device)
-        return max(1, int(_MEMORY_FRACTION * free) // largest)
+        return max(1, int(_MEMORY_FRACTION * free) // self.student.largest_layer_bytes)
 
     @functools.cached_property
     def wanted(self) -> list[FloatArray]:

@@ -14,6 +14,7 @@ from edgeq.calibration.moments import (
     groups_of_layers,
 )
 from edgeq.calibration.sums import without_outliers
+from edgeq.errors import CalibrationError
 from edgeq.runtime.model import Model
 from edgeq.runtime.observer import Observer
 from tests import tiny_gguf, tiny_models
@@ -289,6 +290,15 @@ def test_a_batch_of_chunks_fits_into_memory():
     at_once = fisher.batch_of_chunks(25, 512 * 576 * 4)
     assert at_once >= 1
     assert fisher.batch_of_chunks(25, 1 << 60) == 1
+
+
+def test_gradients_that_do_not_fit_into_memory_are_refused_at_once(model, monkeypatch):
+    monkeypatch.setattr(fisher, "free_bytes", lambda unknown: 1 << 14)
+    message = (
+        r"gradients: a chunk of \d+ tokens .* need \d+ MiB, 0 MiB are free\. Give --effort fast"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        token_weights(model, TOKENS, progress=lambda *_: pytest.fail("began"))
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])

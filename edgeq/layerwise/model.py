@@ -1,6 +1,7 @@
 """The float model of a GGUF file in torch, one decoder layer at a time."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ class LayerwiseModel:
     def matrices(self, layer: int) -> list[str]:
         """Return the names in the file of one layer's weight products, routers among them."""
         return self._names(layer, 2)
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Bytes of the largest layer in float32."""
+        tensors = self.reference.tensors
+        layers = (self.tensors(number) for number in range(self.n_layers))
+        return max(sum(4 * math.prod(tensors[name].shape) for name in names) for names in layers)
 
     def _names(self, layer: int, least_dimensions: int) -> list[str]:
         held = self._shell.parameters_of(layer).values()
