@@ -120,7 +120,7 @@ class Gptq:
             mine = None  # an expert has its own importances, groups of one matrix' rows have not
             if weights is not None:
                 mine = weights[number * len(weights) // len(matrices)][None]
-            known = Inputs(mine, hessian, inputs.outputs if len(matrices) == 1 else None)
+            known = Inputs(mine, hessian[None], inputs.outputs if len(matrices) == 1 else None)
             self._round(name, matrix, qtype, known, packed[number], totals, n_threads)
         return Rounded(packed.reshape(-1, packed.shape[-1]), totals.facts())
 
@@ -139,7 +139,7 @@ class Gptq:
         Some rows are worked on at a time: of a large matrix, a few copies in float32 would be
         gigabytes. They do not depend on each other unless something is known about the outputs.
         """
-        hessian = np.asarray(inputs.hessian)
+        (hessian,) = np.asarray(inputs.hessian)
         nearest = partial(
             encode, qtype=qtype, importances=inputs.importances, n_threads=n_threads, name=name
         )
