@@ -6,13 +6,12 @@ weights on a grid (``cpu_kernels.block_formats``).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from gguf.quants import quant_shape_to_byte_shape
 
 from cpu_kernels.block_formats import FORMATS
 from cpu_kernels.lattice_formats import LATTICES
@@ -31,7 +30,7 @@ from edgeq.quantizers.feedback import (
 from edgeq.quantizers.lattice import LatticeRounding
 from edgeq.quantizers.output_feedback import feed_back_to_rows
 from edgeq.registry import unknown_name
-from edgeq.runtime.encoders import FloatArray, Packed, encode
+from edgeq.runtime.encoders import FloatArray, Packed, decode, encode
 
 AnyRounding = Rounding | LatticeRounding
 SEARCHES = ("static", "batch")
@@ -104,48 +103,41 @@ class Gptq:
         CalibrationError
             The second moments have another shape, or are not finite.
         """
-        nearest = partial(encode, qtype=qtype, n_threads=n_threads, name=name)
-        weights = inputs.importances
+        # the whole weight, which also checks all of it, even where rows are encoded again as moved
+        packed = encode(weight, qtype, inputs.importances, n_threads=n_threads, name=name)
         if inputs.hessian is None:
-            reason = "rtn: no second moments of its inputs"
-            return Rounded(nearest(weight, importances=weights), {"fallback": reason})
+            return Rounded(packed, {"fallback": "rtn: no second moments of its inputs"})
         check_moments(name, inputs.hessian, weight.shape)
-        if qtype not in FORMATS and qtype not in LATTICES:
-            reason = f"rtn: {qtype.name} is no grid that is known here"
-            return Rounded(nearest(weight, importances=weights), {"fallback": reason})
         matrices = weight.reshape(len(inputs.hessian), -1, weight.shape[-1])
-        packed = np.empty(quant_shape_to_byte_shape(matrices.shape, qtype), np.uint8)
+        if qtype not in FORMATS and qtype not in LATTICES:
+            return Rounded(packed, {"fallback": f"rtn: {qtype.name} is no grid that is known here"})
+        rows = packed.reshape(len(matrices), -1, packed.shape[1])
         totals = _Totals()
-        for number, (matrix, hessian) in enumerate(zip(matrices, inputs.hessian, strict=True)):
-            mine = None  # an expert has its own importances, groups of one matrix' rows have not
-            if weights is not None:
-                mine = weights[number * len(weights) // len(matrices)][None]
-            known = Inputs(mine, hessian[None], inputs.outputs if len(matrices) == 1 else None)
-            self._round(name, matrix, qtype, known, packed[number], totals, n_threads)
-        return Rounded(packed.reshape(-1, packed.shape[-1]), totals.facts())
+        hessians = inputs.hessian
+        if len(matrices) > 1 or self.output_shrinkage == 1:
+            inputs = replace(inputs, outputs=None)
+        for matrix, hessian, mine in zip(matrices, hessians, rows, strict=True):
+            self._improve(name, qtype, matrix, hessian, inputs, mine, totals, n_threads)
+        return Rounded(packed, totals.facts())
 
-    def _round(
+    def _improve(
         self,
         name: str,
-        weight: FloatArray,
         qtype: GGMLQuantizationType,
+        weight: FloatArray,
+        hessian: FloatArray,
         inputs: Inputs,
         packed: Packed,
         totals: "_Totals",
         n_threads: int | None,
     ) -> None:
-        """Write the rows of one matrix; to nearest if nothing is known about its inputs.
+        """Round one matrix again, in place; as it is if nothing is known about its inputs.
 
         Some rows are worked on at a time: of a large matrix, a few copies in float32 would be
         gigabytes. They do not depend on each other unless something is known about the outputs.
         """
-        (hessian,) = np.asarray(inputs.hessian)
-        nearest = partial(
-            encode, qtype=qtype, importances=inputs.importances, n_threads=n_threads, name=name
-        )
         if not np.diagonal(hessian).max() > 0 or not np.any(weight):
             totals.unreached += 1
-            packed[:] = nearest(weight)
             return
         regroup = None
         if qtype in LATTICES:
@@ -160,14 +152,13 @@ class Gptq:
             dampening_frac=self.dampening_frac,
             regroup=regroup,
         )
+        if inputs.outputs is not None:
 
-        def round_rows(rows: Order | slice, moved: FloatArray) -> FloatArray:
-            near = _unpacked(qtype, nearest(moved))
-            rounding = self._rounded(moved, factored, near, totals, n_threads)
-            packed[rows] = rounding.packed()
-            return rounding.values
+            def round_rows(rows: Order, moved: FloatArray) -> FloatArray:
+                near = encode(moved, qtype, inputs.importances, n_threads=n_threads, name=name)
+                packed[rows] = self._rounded(moved, factored, qtype, near, totals, n_threads)
+                return decode(packed[rows], qtype, n_threads=n_threads)
 
-        if inputs.outputs is not None and self.output_shrinkage < 1:
             feed_back_to_rows(
                 name,
                 weight,
@@ -181,17 +172,20 @@ class Gptq:
         n_rows = math.ceil(len(weight) / n_slices)
         for first in range(0, len(weight), n_rows):
             rows = slice(first, first + n_rows)
-            round_rows(rows, np.ascontiguousarray(weight[rows]))
+            some = np.ascontiguousarray(weight[rows])
+            packed[rows] = self._rounded(some, factored, qtype, packed[rows], totals, n_threads)
 
     def _rounded(
         self,
         weight: FloatArray,
         factored: Factored,
-        nearest: AnyRounding,
+        qtype: GGMLQuantizationType,
+        packed: Packed,
         totals: "_Totals",
         n_threads: int | None,
-    ) -> AnyRounding:
+    ) -> Packed:
         """Return rows that are nowhere worse than those given, which are rounded to nearest."""
+        nearest = _unpacked(qtype, packed)
         importances = np.ascontiguousarray(np.diagonal(factored.hessian))
         rounding = nearest
         if isinstance(nearest, Rounding) and nearest.fmt.is_ternary:
@@ -210,7 +204,7 @@ class Gptq:
         better = (after < before)[:, None]  # NaN is not better
         kept = rounding.where(better, nearest)  # type: ignore[arg-type]
         totals.add(kept, factored, before, np.where(better[:, 0], after, before))
-        return kept
+        return kept.packed()
 
     def _feed_back(
         self,
