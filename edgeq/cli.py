@@ -82,7 +82,7 @@ for _command in (
     type=click.Choice(["fast", "default", "max"]),
     default="default",
     show_default=True,
-    help="Of auto: about 4, 10 or 20 minutes per 100M parameters on two cores.",
+    help="Of auto: about 2, 5 or 15 minutes per 100M parameters on two recent cores.",
 )
 @click.option(
     "--transform",
