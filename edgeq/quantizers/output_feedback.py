@@ -17,7 +17,7 @@ from edgeq.errors import CalibrationError
 from edgeq.quantizers.factor import Order, factor
 from edgeq.runtime.encoders import FloatArray
 
-ROWS = 64  # rounded together: these do not make up for each other's errors
+ROWS = 16  # rounded together: these do not make up for each other's errors
 
 
 def feed_back_to_rows(
