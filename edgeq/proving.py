@@ -202,7 +202,8 @@ def measure_files(
                     adapter=adapter,
                     progress=progress,
                 )
-        maker = "edgeq" if "edgeq.recipe" in open_gguf(path).fields else None
+        made = open_gguf(adapter or path).fields
+        maker = "edgeq" if {"edgeq.recipe", "edgeq.base"} & made.keys() else None
         results.append(FileResult(label, path, total, bpw * total / n_bytes, found, None, maker))
     if speed:
         paths, adapters = zip(*files, strict=True)

@@ -29,9 +29,8 @@ from safetensors import safe_open
 from cpu_kernels.block_formats import FORMATS, Fields
 from cpu_kernels.block_formats_numbers import Half
 from cpu_kernels.lattice_formats import LATTICES, Points
-from edgeq.calibration.collector import free_bytes
+from edgeq.calibration.collector import check_fits, free_bytes
 from edgeq.console import Progress
-from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import FloatArray, Packed
 from edgeq.runtime.model import Tokens
 from edgeq.workdir import WorkDirectory, file_sha256, save_arrays
@@ -219,13 +218,12 @@ def check_memory(model: "LayerwiseModel", tokens: Tokens, tuning: Tokens) -> Non
     wanted = (tokens.size + tuning.size) * model.n_embd
     of_a_step = (model.n_layers + 1) * _BATCH * tokens.shape[1] * model.n_embd
     needed = 4 * (wanted + of_a_step) + 3 * model.largest_layer_bytes
-    free = free_bytes(unknown=1 << 62)
-    if needed > free:
-        raise CalibrationError(
-            f"--tune: {len(tokens)} chunks of {tokens.shape[1]} tokens and a layer of "
-            f"{model.reference.path.name} need {needed >> 20} MiB, {free >> 20} MiB are free. "
-            "Give fewer --chunks, or --tune 0."
-        )
+    check_fits(
+        f"--tune: {len(tokens)} chunks of {tokens.shape[1]} tokens and a layer of "
+        f"{model.reference.path.name}",
+        needed,
+        "Give fewer --chunks, or --tune 0.",
+    )
 
 
 class _Tuner:

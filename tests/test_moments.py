@@ -6,7 +6,7 @@ import pytest
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert
 from converters.gguf_file import open_gguf
-from edgeq.calibration import collect, fisher
+from edgeq.calibration import collect, collector, fisher
 from edgeq.calibration.fisher import token_weights
 from edgeq.calibration.moments import (
     LayerwiseMoments,
@@ -293,7 +293,7 @@ def test_a_batch_of_chunks_fits_into_memory():
 
 
 def test_gradients_that_do_not_fit_into_memory_are_refused_at_once(model, monkeypatch):
-    monkeypatch.setattr(fisher, "free_bytes", lambda unknown: 1 << 14)
+    monkeypatch.setattr(collector, "free_bytes", lambda unknown: 1 << 14)
     message = (
         r"gradients: a chunk of \d+ tokens .* need \d+ MiB, 0 MiB are free\. Give --effort fast"
     )

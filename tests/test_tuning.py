@@ -15,6 +15,7 @@ from converters.gguf_file import open_gguf
 from cpu_kernels.block_formats import FORMATS, BlockFormat
 from cpu_kernels.lattice_formats import LATTICES
 from edgeq import roundings, tuning
+from edgeq.calibration import collector
 from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import decode, encode
 from edgeq.workdir import WorkDirectory
@@ -136,7 +137,7 @@ def test_without_a_gain_it_ends_early_and_ships_the_start(pair, tmp_path, monkey
 def test_what_does_not_fit_into_memory_is_refused_before_it_starts(
     tiny, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tuning, "free_bytes", lambda unknown: 1 << 16)
+    monkeypatch.setattr(collector, "free_bytes", lambda unknown: 1 << 16)
     line = refused("export", tiny, tmp_path / "out.gguf", "--text", texts[0], "--ctx", 64,
                    "--chunks", 8, "--tune", 8, "--no-prove")  # fmt: skip
     assert re.search(r"\d+ chunks of 64 tokens .* need \d+ MiB, 0 MiB are free\. Give fewer", line)

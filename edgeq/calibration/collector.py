@@ -197,6 +197,26 @@ def _sums_of(product: ProductInput) -> tuple[npt.NDArray[np.float64], ...]:
     return squares, values, counts
 
 
+def check_fits(what: str, needed: int, advice: str) -> None:
+    """Refuse what needs more memory than can be had now.
+
+    Parameters
+    ----------
+    what : plural subject of "need": what, and for how much work
+    needed : bytes
+    advice : the smaller setting
+
+    Raises
+    ------
+    CalibrationError
+    """
+    free = free_bytes(unknown=1 << 62)
+    if needed > free:
+        raise CalibrationError(
+            f"{what} need {needed >> 20} MiB, {free >> 20} MiB are free. {advice}"
+        )
+
+
 def free_bytes(*, unknown: int) -> int:
     """Return the memory that can be had now; `unknown` where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):  # what caches hold can be had

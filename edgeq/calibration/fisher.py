@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeq.calibration.collector import free_bytes
+from edgeq.calibration.collector import check_fits, free_bytes
 from edgeq.calibration.scratch import zeros_in_file
 from edgeq.calibration.sums import add_product, without_outliers
-from edgeq.errors import CalibrationError
 from edgeq.runtime.encoders import FloatArray
 from edgeq.runtime.model import Tokens
 
@@ -110,7 +109,11 @@ def token_weights(
     """
     n_chunks, n_tokens = tokens.shape
     state_bytes = n_tokens * model.n_embd * 4
-    _check_memory(model, n_tokens, (model.n_layers + 1) * state_bytes)
+    check_fits(
+        f"gradients: a chunk of {n_tokens} tokens and a layer of {model.reference.path.name}",
+        (model.n_layers + 1) * state_bytes + 3 * model.largest_layer_bytes,
+        "Give --effort fast (--fisher 0 --no-output-feedback), or a smaller --ctx.",
+    )
     size = batch_of_chunks(model.n_layers + 1, state_bytes)
     found: TokenWeights = {}
     done, total = 0, 2 * model.n_layers * -(-n_chunks // size)
@@ -125,17 +128,6 @@ def token_weights(
         chunks = range(first, min(first + size, n_chunks))
         _batch(model, tokens, chunks, seed, n_groups, found, outputs, step)
     return found
-
-
-def _check_memory(model: "LayerwiseModel", n_tokens: int, of_a_chunk: int) -> None:
-    """Refuse what would not fit: the states of a chunk, a layer and two of its gradients."""
-    needed, free = of_a_chunk + 3 * model.largest_layer_bytes, free_bytes(unknown=1 << 62)
-    if needed > free:
-        raise CalibrationError(
-            f"gradients: a chunk of {n_tokens} tokens and a layer of {model.reference.path.name} "
-            f"need {needed >> 20} MiB, {free >> 20} MiB are free. Give --effort fast (--fisher 0 "
-            "--no-output-feedback), or a smaller --ctx."
-        )
 
 
 def batch_of_chunks(n_states: int, state_bytes: int) -> int:
